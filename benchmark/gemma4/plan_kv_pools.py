@@ -1,0 +1,382 @@
+"""Plan the KV pools of a hybrid sliding-window model: how many requests fit in each.
+
+    python benchmark/gemma4/plan_kv_pools.py 26b-a4b --kv-memory 74.38GB
+    python benchmark/gemma4/plan_kv_pools.py 31b --kv-memory 57GB --ratio 0.05:1.0:0.05 \\
+        --plot pools.png --json pools.json
+    python benchmark/gemma4/plan_kv_pools.py /models/gemma-4-26B-A4B-it --requests 160
+
+The model is a folder or a shape of checkpoint.py. Pool sizes are the server's: the
+folder goes through its argument parser and its pool configurator, so environment
+variables count here as they do there. Without --kv-memory it plans for the GPU here.
+
+Exit status: 0 if the load fits, 1 if it does not, 2 if it could not be planned.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Iterator, List, Optional
+from unittest.mock import patch
+
+UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+UNITS.update({f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)})
+
+
+class PlanError(Exception):
+    """What was asked cannot be planned; the message is one sentence for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Requests that run at once: tokens in, tokens out, and how many of them."""
+
+    input_len: int
+    output_len: int
+    num_requests: Optional[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Both pools at one ratio. Sizes in tokens, `*_bytes_per_token` in bytes.
+
+    `*_requests` is how many requests of the load fit in the pool at once.
+    """
+
+    ratio: float
+    full_bytes_per_token: int
+    swa_bytes_per_token: int
+    full_tokens: int
+    swa_tokens: int
+    full_tokens_per_request: int
+    swa_tokens_per_request: int
+    swa_tokens_prefilling: int
+    full_requests: int
+    swa_requests: int
+
+    @property
+    def requests(self) -> int:
+        return min(self.full_requests, self.swa_requests)
+
+    @property
+    def binds(self) -> str:
+        return "full" if self.full_requests <= self.swa_requests else "swa"
+
+
+def swa_tokens_per_request(
+    load: Load,
+    window: int,
+    page_size: int,
+    leaf_len: int,
+    eviction_interval: int,
+    draft_tokens: int,
+) -> int:
+    """Most SWA slots that a request holds while it decodes.
+
+    The radix cache locks the leaf in which the prompt's window lies, at most `leaf_len`
+    slots, until the request ends. Generated tokens leave the pool once
+    `eviction_interval` of them lie a page beyond the window.
+    """
+    held = page_size + window + eviction_interval + draft_tokens
+    locked = min(load.input_len, leaf_len)
+    return locked + min(load.output_len + draft_tokens, held)
+
+
+def plan(folder: str, kv_bytes: int, ratio: Optional[float], load: Load, args) -> Plan:
+    """Size both pools as a server would and count the requests that fit.
+
+    Raises:
+        PlanError: the model has no second pool, or nothing is left for the pools.
+    """
+    import torch
+
+    from sglang.srt.environ import envs
+    from sglang.srt.model_executor import pool_configurator
+    from sglang.srt.server_args import prepare_server_args
+
+    argv = ["--model-path", folder, "--device", "cpu", "--log-level", "warning"]
+    if ratio is not None:
+        argv += ["--swa-full-tokens-ratio", str(ratio)]
+    server_args = prepare_server_args(argv)
+    model_config = server_args.get_model_config()
+    if not model_config.is_hybrid_swa:
+        arch = model_config.hf_config.architectures[0]
+        raise PlanError(f"{arch} has one KV pool, so there is no ratio to plan.")
+    dtypes = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+    runner = SimpleNamespace(
+        model_config=model_config,
+        is_hybrid_swa=True,
+        kv_cache_dtype=dtypes.get(args.kv_cache_dtype, model_config.dtype),
+        server_args=server_args,
+    )
+    # The tensor parallel group exists only in a running server.
+    with patch.object(
+        pool_configurator, "get_attention_tp_size", lambda: args.tp_size
+    ):
+        configurator = pool_configurator.create_memory_pool_configurator(runner)
+    logging.getLogger(pool_configurator.__name__).setLevel(logging.WARNING)
+    try:
+        config = configurator.calculate_pool_sizes(kv_bytes, args.page_size)
+    except RuntimeError:
+        raise PlanError(
+            f"{kv_bytes / 1e9:.2f} GB is too little for one page of the KV cache; give "
+            "it more memory."
+        ) from None
+
+    page = args.page_size
+    # The first layer attends to window - 1 tokens beside its own.
+    window = model_config.hf_text_config.sliding_window - 1
+    window_in_pages = -(-window // page) * page
+    split = envs.SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT.get()
+    multiplier = envs.SGLANG_SWA_EVICTION_INTERVAL_MULTIPLIER.get()
+    full_per_request = load.input_len + load.output_len + args.draft_tokens
+    full_per_request = -(-full_per_request // page) * page
+    swa_per_request = swa_tokens_per_request(
+        load,
+        window,
+        page,
+        window_in_pages if split else args.chunked_prefill_size,
+        max(page, int(window * multiplier) // page * page),
+        args.draft_tokens,
+    )
+    # A chunk runs while the next one is allocated.
+    prefilling = min(2 * args.chunked_prefill_size, load.input_len * 2)
+    full, swa = config.full_max_total_num_tokens, config.swa_max_total_num_tokens
+    return Plan(
+        ratio=server_args.swa_full_tokens_ratio,
+        full_bytes_per_token=configurator._full_per_token
+        * configurator._full_layers_num,
+        swa_bytes_per_token=configurator._swa_per_token * configurator._swa_layers_num,
+        full_tokens=full,
+        swa_tokens=swa,
+        full_tokens_per_request=full_per_request,
+        swa_tokens_per_request=swa_per_request,
+        swa_tokens_prefilling=prefilling,
+        full_requests=full // full_per_request,
+        swa_requests=max(0, swa - prefilling) // swa_per_request,
+    )
+
+
+def gpu_kv_bytes(folder: str, mem_fraction_static: float, tp_size: int) -> int:
+    """Bytes that a server on the GPU here would have left for its pools.
+
+    Raises:
+        PlanError: there is no GPU, or the weights do not fit.
+    """
+    import torch
+    from transformers import AutoConfig, Gemma4ForCausalLM
+    from transformers import Gemma4ForConditionalGeneration as Gemma4
+
+    if not torch.cuda.is_available():
+        raise PlanError("There is no GPU here; give --kv-memory, such as 74.4GB.")
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        text_only = config.model_type == "gemma4_text"
+        model = (Gemma4ForCausalLM if text_only else Gemma4)(config)
+    weights = sum(p.numel() for p in model.parameters()) * 2 // tp_size
+    free, _ = torch.cuda.mem_get_info()
+    left = int(free * mem_fraction_static) - weights
+    if left <= 0:
+        raise PlanError(
+            f"{weights / 1e9:.1f} GB of weights do not fit in {mem_fraction_static} of "
+            f"the GPU's {free / 1e9:.1f} GB; raise --mem-fraction-static or --tp-size."
+        )
+    return left
+
+
+@contextlib.contextmanager
+def model_folder(model: str) -> Iterator[str]:
+    """Yields the folder itself, or one written for the shape of that name."""
+    from checkpoint import SHAPES, write_checkpoint
+
+    if model in SHAPES:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / model
+            write_checkpoint(folder, model, weights=False)
+            yield str(folder)
+    elif (Path(model) / "config.json").is_file():
+        yield model
+    else:
+        raise PlanError(
+            f"{model} is neither a folder with a config.json nor one of the shapes "
+            f"{', '.join(SHAPES)}."
+        )
+
+
+def memory(text: str) -> int:
+    """Bytes from a figure such as 74.4GB or 69GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no amount of memory; write it like 74.4GB or 69GiB."
+        )
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def ratios(text: str) -> List[float]:
+    """One ratio, several with commas, or a range first:last:step."""
+    try:
+        if ":" in text:
+            first, last, step = map(float, text.split(":"))
+            count = int((last - first) / step + 1e-6) + 1
+            values = [round(first + i * step, 6) for i in range(count)]
+        else:
+            values = [float(x) for x in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        values = []
+    if not values or not all(0 < x <= 1 for x in values):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} gives no ratios in (0, 1]; write 0.15, or 0.1,0.2, or 0.05:1:0.05."
+        )
+    return values
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0.")
+    return int(text)
+
+
+def print_table(plans: List[Plan], load: Load, kv_bytes: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = plans[0]
+    table = Table(
+        title=f"{kv_bytes / 1e9:.2f} GB for the KV cache; a token takes "
+        f"{first.full_bytes_per_token:,} bytes in the full and "
+        f"{first.swa_bytes_per_token:,} in the SWA pool\n"
+        f"requests of {load.input_len:,} tokens in, {load.output_len:,} out hold "
+        f"{first.full_tokens_per_request:,} full and up to "
+        f"{first.swa_tokens_per_request:,} SWA tokens",
+    )
+    for name in ("ratio", "full tokens", "SWA tokens", "fit in full", "fit in SWA"):
+        table.add_column(name, justify="right")
+    table.add_column("fit", justify="right", style="bold")
+    table.add_column("binds")
+    for p in plans:
+        numbers = p.full_tokens, p.swa_tokens, p.full_requests, p.swa_requests
+        cells = [f"{x:,}" for x in (*numbers, p.requests)]
+        table.add_row(f"{p.ratio:g}", *cells, p.binds)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def write_plot(plans: List[Plan], load: Load, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (pools, requests) = plt.subplots(1, 2, figsize=(10, 4))
+    x = [p.ratio for p in plans]
+    style = {"marker": "o", "markersize": 3}
+    pools.plot(x, [p.full_tokens for p in plans], label="full", **style)
+    pools.plot(x, [p.swa_tokens for p in plans], label="SWA", **style)
+    pools.set(xlabel="swa_full_tokens_ratio", ylabel="tokens", ylim=0)
+    requests.plot(x, [p.full_requests for p in plans], label="full", **style)
+    requests.plot(x, [p.swa_requests for p in plans], label="SWA", **style)
+    if load.num_requests:
+        requests.axhline(load.num_requests, color="gray", ls=":", label="wanted")
+    requests.set(
+        xlabel="swa_full_tokens_ratio",
+        ylabel=f"requests of {load.input_len}/{load.output_len} at once",
+        ylim=0,
+    )
+    for axes in (pools, requests):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a model folder, or a shape such as 26b-a4b")
+    parser.add_argument(
+        "--kv-memory", type=memory, help="for both pools, such as 74.4GB or 69GiB"
+    )
+    parser.add_argument(
+        "--mem-fraction-static",
+        type=float,
+        default=0.85,
+        help="of the GPU here, where --kv-memory is not given",
+    )
+    parser.add_argument(
+        "--ratio", type=ratios, help="0.15, or 0.1,0.2, or 0.05:1:0.05 (server's own)"
+    )
+    parser.add_argument("--input-len", type=positive, default=8000)
+    parser.add_argument("--output-len", type=positive, default=1000)
+    parser.add_argument("--requests", type=positive, help="that have to fit at once")
+    parser.add_argument("--page-size", type=positive, default=1)
+    parser.add_argument("--tp-size", type=positive, default=1)
+    parser.add_argument("--chunked-prefill-size", type=positive, default=8192)
+    parser.add_argument(
+        "--draft-tokens", type=int, default=0, help="--speculative-num-draft-tokens"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8_e4m3", "fp8_e5m2"), default="auto"
+    )
+    parser.add_argument("--plot", metavar="PNG")
+    parser.add_argument("--json", metavar="FILE")
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    load = Load(args.input_len, args.output_len, args.requests)
+    try:
+        with model_folder(args.model) as folder:
+            kv_bytes = args.kv_memory or gpu_kv_bytes(
+                folder, args.mem_fraction_static, args.tp_size
+            )
+            plans = [
+                plan(folder, kv_bytes, ratio, load, args)
+                for ratio in args.ratio or [None]
+            ]
+    except PlanError as e:
+        print(f"plan_kv_pools.py: {e}", file=sys.stderr)
+        return 2
+
+    print_table(plans, load, kv_bytes)
+    if args.plot:
+        write_plot(plans, load, args.plot)
+    if args.json:
+        rows = [
+            {**dataclasses.asdict(p), "requests": p.requests, "binds": p.binds}
+            for p in plans
+        ]
+        result = {
+            "model": args.model,
+            "kv_bytes": kv_bytes,
+            "load": dataclasses.asdict(load),
+            "plans": rows,
+        }
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+    best = max(plans, key=lambda p: p.requests)
+    wanted = load.num_requests or 1
+    if best.requests < wanted:
+        print(
+            f"The load does not fit: {best.requests} of {wanted} "
+            f"request{'s' if wanted > 1 else ''} at ratio {best.ratio:g}, where the "
+            f"{best.binds} pool binds."
+        )
+        return 1
+    if len(plans) > 1:
+        print(f"Most requests fit at ratio {best.ratio:g}: {best.requests}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

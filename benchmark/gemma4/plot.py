@@ -1,0 +1,152 @@
+"""Draw the pictures of a result file as SVG.
+
+    python benchmark/gemma4/plot.py benchmark/gemma4/results/routing-h200.json --out docs/img
+
+A case that varies in one number gives a curve over it, one line an arm; a case of
+words gives grouped bars. One picture for each metric and each value of the rest of
+the case. The bytes of a picture depend on the result file alone.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import FuncFormatter  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+from results import Record, Results
+from results import axis as axis_of  # noqa: E402
+from results import is_number, load
+
+# Legible to readers who see colours differently (Okabe and Ito); limits are grey.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LIMIT = "#999999"
+RC = {
+    "svg.hashsalt": "gemma4",
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+
+
+def figures(results: Results) -> Dict[str, List[Record]]:
+    """The records of each picture, by its file name without the suffix."""
+    groups: Dict[str, List[Record]] = {}
+    axis = axis_of(results.records)
+    for record in results.records:
+        rest = [str(v) for k, v in record.case.items() if k != axis]
+        name = "-".join([results.name, record.metric, *rest])
+        name = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+        groups.setdefault(name, []).append(record)
+    return groups
+
+
+def draw(results: Results, folder: Path) -> List[Path]:
+    """Writes every picture of a result and returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    axis = axis_of(results.records)
+    paths = []
+    for name, records in figures(results).items():
+        with plt.rc_context(RC):
+            figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+            numeric = all(is_number(r.case.get(axis)) for r in records)
+            (_curves if numeric else _bars)(axes, records, axis, results)
+            rest = [f"{v}" for k, v in records[0].case.items() if k != axis]
+            where = results.hardware.get("gpu", results.hardware.get("cpu", ""))
+            axes.set_title(", ".join([results.title, *rest, f"{where}"]), fontsize=11)
+            axes.set_ylabel(f"{records[0].metric}, {records[0].unit}")
+            axes.legend()
+            path = folder / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None, "Creator": None})
+            plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def _styles(records: List[Record], results: Results) -> Dict[str, dict]:
+    """A colour for each arm, the same in every picture of the result."""
+    limits = results.settings.get("limits", [])
+    measured = [arm for arm in results.arms() if arm not in limits]
+    here = {record.arm for record in records}
+    styles = {
+        arm: {"color": COLOURS[i % len(COLOURS)]} for i, arm in enumerate(measured)
+    }
+    for i, arm in enumerate(limits):
+        styles[arm] = {"color": LIMIT, "linestyle": ["--", ":"][i % 2]}
+    return {arm: style for arm, style in styles.items() if arm in here}
+
+
+def _curves(axes, records: List[Record], axis: str, results: Results) -> None:
+    for arm, style in _styles(records, results).items():
+        points = sorted(
+            (r.case[axis], r.median, min(r.samples), max(r.samples))
+            for r in records
+            if r.arm == arm
+        )
+        x, median, low, high = zip(*points)
+        marker = None if "linestyle" in style else "o"
+        axes.plot(x, median, label=arm, marker=marker, markersize=3.5, **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if max(x) > 50 * max(min(x), 1):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
+        axes.xaxis.set_major_formatter(plain)
+        axes.yaxis.set_major_formatter(plain)
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(axis)
+
+
+def _bars(axes, records: List[Record], axis: str, results: Results) -> None:
+    ticks = list(dict.fromkeys(str(record.case.get(axis, "")) for record in records))
+    styles = _styles(records, results)
+    width = 0.8 / len(styles)
+    for i, (arm, style) in enumerate(styles.items()):
+        mine = {str(r.case.get(axis, "")): r for r in records if r.arm == arm}
+        x = [
+            n + (i - (len(styles) - 1) / 2) * width
+            for n, t in enumerate(ticks)
+            if t in mine
+        ]
+        found = [mine[t] for t in ticks if t in mine]
+        errors = [
+            [r.median - min(r.samples) for r in found],
+            [max(r.samples) - r.median for r in found],
+        ]
+        axes.bar(
+            *(x, [r.median for r in found], 0.9 * width),
+            **{"yerr": errors, "capsize": 2, "label": arm, "color": style["color"]},
+        )
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.grid(axis="x", visible=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="result files")
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), help="folder of the SVGs"
+    )
+    args = parser.parse_args()
+    for path in args.results:
+        try:
+            results = load(path)
+        except (OSError, ValueError) as e:
+            parser.exit(1, f"{e}\n")
+        for picture in draw(results, args.out):
+            print(picture)
+
+
+if __name__ == "__main__":
+    main()

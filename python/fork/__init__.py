@@ -1,0 +1,13 @@
+"""Keeps SGLang's fork: a pinned upstream wheel, and a series of patches on it.
+
+=========== ================================================================
+project     where things are, and what pyproject.toml says of them
+process     runs git, pip and wheel so that nobody's settings change a result
+base        fetches, checks and unpacks the upstream wheel
+series      reads patches into commits, and writes commits as patches
+tree        python/sglang: ``checkout`` and ``export``
+upstream    the series as complete pull requests, tests and all
+verify      proves that patches/ and python/sglang are what they should be
+build       the PEP 517 backend behind ``pip install ./python``
+=========== ================================================================
+"""

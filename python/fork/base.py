@@ -1,0 +1,130 @@
+"""Fetches, checks and unpacks the upstream wheel that a series is based on."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+
+from fork.errors import ForkError
+from fork.process import last_line, run, run_module, say
+from fork.project import Project
+
+OFFLINE = re.compile(
+    "connection broken|Max retries exceeded|Failed to establish|Name or service not"
+    "|name resolution|timed out|ProxyError|SSLError|Could not fetch URL",
+    re.IGNORECASE,
+)
+# What differs between the wheels of one release, or states its version: never in git.
+GENERATED = ("*.so", "_version.py")
+
+
+def requirement(project: Project) -> str:
+    """The release, such as ``sglang==0.5.12.post1``."""
+    for line in project.base.read_text("utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            return line.split()[0]
+    raise ForkError(f"{project.show(project.base)} names no release.")
+
+
+def check_python(project: Project) -> None:
+    """Raises ForkError if the release has no wheel for this Python or platform."""
+    wheels = re.findall(r"^#\s*(\S+\.whl)\s*$", project.base.read_text("utf-8"), re.M)
+    tags = frozenset().union(*(parse_wheel_filename(name)[3] for name in wheels))
+    if tags and tags.isdisjoint(sys_tags()):
+        pythons = ", ".join(sorted({tag.interpreter for tag in tags}))
+        platforms = ", ".join(sorted({tag.platform for tag in tags}))
+        raise ForkError(
+            f"{requirement(project)} has no wheel for this interpreter, "
+            f"{platform.python_implementation()} {platform.python_version()} on "
+            f"{platform.system()} {platform.machine()} ({sys.executable}); use one "
+            f"that a wheel is made for: {pythons} on {platforms}."
+        )
+
+
+def fetch(project: Project) -> Path:
+    """Returns the wheel of the base for this Python, checked against its sha256.
+
+    It is downloaded once, and then taken from the repository's cache.
+
+    Raises:
+        ForkError: No wheel for this Python, no network, or not the pinned content.
+    """
+    check_python(project)
+    cache = project.cache / "base"
+    cache.mkdir(parents=True, exist_ok=True)
+    cached = ["--no-index", "--find-links", str(cache)]
+    with tempfile.TemporaryDirectory(dir=cache) as fresh:
+        for source in (cached, ["--retries", "2"]):
+            if source is not cached:
+                say(f"Fetching {requirement(project)} ...")
+            # pip checks the hashes, of the cached wheel too.
+            done = run(
+                [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+                + ["download", "--no-input", "--progress-bar", "off", "--no-deps"]
+                + ["--require-hashes", "--only-binary", ":all:", "--dest", fresh]
+                + [*source, "--requirement", str(project.base)],
+                cwd=cache,
+            )
+            if not done.returncode:
+                (wheel,) = Path(fresh).glob("*.whl")
+                return wheel.replace(cache / wheel.name)
+    raise ForkError(_explain(project, done))
+
+
+def _explain(project: Project, done) -> str:
+    said, name = done.stdout + done.stderr, requirement(project)
+    if "DO NOT MATCH THE HASHES" in said:
+        return (
+            f"The {name} that pip was given is not the one that "
+            f"{project.show(project.base)} pins by its sha256: nothing was installed; "
+            "see which index or mirror pip uses (`pip config list`)."
+        )
+    if OFFLINE.search(said):
+        return (
+            f"{name} could not be downloaded, as the package index does not answer: "
+            "see that the network is up and run again."
+        )
+    if "No matching distribution found" in said:
+        return (
+            f"The package index that pip uses has no wheel of {name} for this Python: "
+            "see which index it is (`pip config list`)."
+        )
+    if "No module named pip" in said:
+        return f"{sys.executable} has no pip: run `{sys.executable} -m ensurepip`."
+    return f"pip could not download {name}: {last_line(done)}"
+
+
+@contextlib.contextmanager
+def unpacked(project: Project) -> Iterator[Path]:
+    """Yields a temporary folder with what the base's wheel holds."""
+    wheel = fetch(project)
+    with tempfile.TemporaryDirectory(prefix="sglang-base-") as folder:
+        run_module("wheel", "unpack", "--dest", folder, wheel, cwd=Path(folder))
+        (content,) = Path(folder).iterdir()
+        yield content
+
+
+def write_version(version: Version, package: Path) -> None:
+    """Makes ``sglang.__version__`` the version of the distribution, as upstream's
+    build does with the same file."""
+    parts = [*version.release]
+    parts += [f"post{version.post}"] if version.post is not None else []
+    parts += [f"dev{version.dev}"] if version.dev is not None else []
+    parts += [version.local] if version.local else []
+    text = (
+        f"__version__ = version = {str(version)!r}\n"
+        f"__version_tuple__ = version_tuple = {tuple(parts)!r}\n"
+        "__commit_id__ = commit_id = None\n"
+    )
+    path = package / "_version.py"
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")

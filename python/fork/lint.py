@@ -1,0 +1,71 @@
+"""Checks our files, and the lines our patches add, with SGLang's linters."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from fork.errors import ForkError
+from fork.process import Git, run
+from fork.project import Project
+from fork.series import BASE
+from fork.tree import Tree
+
+# SGLang's pre-commit configuration: the tools' defaults but for these.
+BLACK = ["black", "--check", "--quiet", "--diff"]
+ISORT = ["isort", "--profile", "black", "--project", "sglang", "--project", "fork"]
+RUFF = ["ruff", "check", "--quiet", "--isolated", "--select", "F401,F821"]
+HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
+
+
+def lint(project: Project) -> None:
+    """Checks the repository's Python files and what the series adds to upstream's.
+
+    Raises:
+        ForkError: There are findings; the message lists them.
+    """
+    git = Git(project.root)
+    ours = git.names("ls-files", "-z", "-c", "-o", "--exclude-standard", "--", ".")
+    ours = [f for f in ours if f.endswith(".py") and (project.root / f).exists()]
+    findings = []
+    for command in (BLACK, [*ISORT, "--diff"], [*RUFF, "--output-format=concise"]):
+        findings += _findings([*command, *ours], project.root)
+    findings += _lint_added(Tree(project).git)
+    if findings:
+        raise ForkError("\n".join(["the linters found:", *findings]))
+
+
+def _findings(command: list[str], cwd: Path, **kwargs) -> list[str]:
+    """What a linter says, as a list of one or none."""
+    done = run([sys.executable, "-m", *command], cwd=cwd, **kwargs)
+    told = (done.stdout + done.stderr).strip()
+    return [told] if told or done.returncode else []
+
+
+def _lint_added(git: Git) -> list[str]:
+    """Finds what is wrong with the lines that the series adds."""
+    findings = []
+    names = git.names("diff", "--name-only", "-z", "--diff-filter=d", BASE)
+    for name in filter(lambda name: name.endswith(".py"), names):
+        hunks = HUNK.findall(git("diff", "--unified=0", BASE, "--", name))
+        spans = [(int(start), int(start) + int(n or 1) - 1) for start, n in hunks]
+        spans = [(first, last) for first, last in spans if first <= last]
+        if not spans:
+            continue
+        lines = [f"--line-ranges={first}-{last}" for first, last in spans]
+        findings += _findings([*BLACK, *lines, name], git.folder)
+        done = run(
+            [sys.executable, "-m", *RUFF, "--output-format=json", name], cwd=git.folder
+        )
+        for found in json.loads(done.stdout):
+            row = found["location"]["row"]
+            if any(first <= row <= last for first, last in spans):
+                findings.append(f"{name}:{row}: {found['code']} {found['message']}")
+        # isort knows no lines: it may find no more than it finds in the base's file.
+        sort = [*ISORT, "--check-only", "-"]
+        before = git.run("show", f"{BASE}:{name}")
+        if before.returncode or not _findings(sort, git.folder, input=before.stdout):
+            findings += _findings([*ISORT, "--diff", name], git.folder)
+    return findings

@@ -1,0 +1,173 @@
+"""Proves that patches/ and python/sglang are what they should be."""
+
+from __future__ import annotations
+
+import json
+import py_compile
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fork import base, series
+from fork.errors import ForkError, PatchError
+from fork.process import Git, say
+from fork.project import Project
+from fork.series import BASE, PREFIX
+from fork.tree import Tree
+from fork.upstream import added_files, repository
+
+
+def verify(project: Project) -> None:
+    """Checks the series alone, then python/sglang against it, then each prefix.
+
+    Raises:
+        ForkError: What is wrong, and what to do.
+    """
+    patches, release = project.patches(), base.requirement(project)
+    _check_numbers(project, patches)
+    with repository(project) as git:
+        try:
+            series.am(git, patches)
+        except PatchError as error:
+            raise ForkError(
+                f"{error}. `make fork` stops at it in {project.show(project.tree)}, "
+                "for it to be mended there."
+            ) from None
+        say(f"The series of {len(patches)} applies to {release} with git am.")
+        _check_bytes(project, git, "")
+        say("An export of it is the same to the byte.")
+        added = sum(map(len, added_files(project, git).values()))
+        say(f"The {added} files that its Adds: trailers name are there.")
+        tree = Tree(project)
+        if tree.exists():
+            tree.refuse_unexported()
+            _check_bytes(project, tree.git, PREFIX, tree.name)
+            say(f"{tree.name} holds nothing that was not exported.")
+        _check_prefixes(git)
+
+
+def _check_numbers(project: Project, patches: list[Path]) -> None:
+    for number, patch in enumerate(patches, 1):
+        if not re.match(rf"{number:04}-", patch.name):
+            raise ForkError(
+                f"{project.show(project.folder)} has no patch {number:04}, only "
+                f"{patch.name} in its place: bring it back (`git status patches`), or, "
+                "if it was dropped on purpose, `make fork` and `make patches` renumber "
+                "the rest."
+            )
+
+
+def _check_bytes(project: Project, git: Git, prefix: str, tree: str = "") -> None:
+    """Compares patches/ with an export of HEAD: of its own commits, or of a tree's."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = series.write(git, f"{BASE}..HEAD", Path(folder), prefix)
+        expected = {patch.name: patch.read_bytes() for patch in made}
+    found = {patch.name: patch.read_bytes() for patch in project.patches()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) == found.get(name):
+            continue
+        path = project.show(project.folder / name)
+        if tree:
+            raise ForkError(
+                f"{path} is not what {tree} holds: `make fork` takes it from patches/ "
+                "(or `git checkout -- patches` takes patches/ back)."
+            )
+        raise ForkError(
+            f"{path} is not what an export writes; it was changed by hand, or another "
+            "tool wrote it: `make fork` and `make patches` write it anew."
+        )
+
+
+def _check_prefixes(git: Git) -> None:
+    """Byte-compiles and imports, after each patch, the modules touched so far."""
+    commits = git.lines("rev-list", "--reverse", f"{BASE}..HEAD")
+    touched = _touched(git, f"{BASE}..HEAD")
+    root = git.folder / PREFIX
+    git("checkout", "--quiet", "--detach", BASE)
+    with Importer(root.parent) as importer:
+        present = [path for path in touched if (git.folder / path).exists()]
+        unable = importer.errors(_modules(present))
+        for module, error in unable.items():
+            say(f"Only byte-compiled, as the base fails here too: {module} ({error}).")
+        seen: set[str] = set()
+        for number, commit in enumerate(commits, 1):
+            git("checkout", "--quiet", "--detach", commit)
+            new = _touched(git, f"{commit}~..{commit}")
+            seen = {p for p in {*seen, *new} if (git.folder / p).exists()}
+            where = f'With the first {number} patches, up to "{_subject(git, commit)}",'
+            for path in new:
+                if path in seen:
+                    _compile(git.folder / path, f"{where} {path}")
+            modules = [m for m in _modules(sorted(seen)) if m not in unable]
+            for module, error in importer.errors(modules).items():
+                raise ForkError(
+                    f"{where} {module} cannot be imported ({error}): mend that patch."
+                )
+            say(f"{number}/{len(commits)}: {len(modules)} modules import.")
+
+
+def _touched(git: Git, commits: str) -> list[str]:
+    names = git.names("log", "--format=", "--name-only", "--no-renames", "-z", commits)
+    return sorted({name for name in names if name.endswith(".py")})
+
+
+def _modules(paths: list[str]) -> list[str]:
+    """The modules of those files that can be imported by name."""
+    names = []
+    for path in paths:
+        parts = Path(path).relative_to(Path(PREFIX).parent).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if all(part.isidentifier() for part in parts):
+            names.append(".".join(parts))
+    return names
+
+
+def _compile(file: Path, where: str) -> None:
+    try:
+        # Unchecked by time: two prefixes can be written in one second.
+        py_compile.compile(str(file), doraise=True)
+    except py_compile.PyCompileError as error:
+        raise ForkError(f"{where} does not compile ({error.exc_value}).") from None
+
+
+def _subject(git: Git, commit: str) -> str:
+    return git("show", "--no-patch", "--format=%s", commit).strip()
+
+
+class Importer:
+    """A process that imports modules, see imports.py."""
+
+    def __init__(self, folder: Path):
+        self.log = tempfile.TemporaryFile("w+")
+        program = Path(__file__).with_name("imports.py")
+        self.process = subprocess.Popen(
+            [sys.executable, program],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def errors(self, modules: list[str]) -> dict[str, str]:
+        """Returns why those that do not import do not."""
+        if not modules:
+            return {}
+        try:
+            self.process.stdin.write(json.dumps(modules) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            self.log.seek(0)
+            raise ForkError(f"The imports died: {self.log.read()[-500:]}") from None
+
+    def __enter__(self) -> Importer:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+        self.log.close()

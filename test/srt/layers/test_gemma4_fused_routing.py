@@ -1,0 +1,375 @@
+"""The fused Gemma 4 router against a float64 oracle.
+
+On CUDA where there is a GPU, else on CPU tensors in Triton's interpreter; only the
+largest shapes and what a CPU does not have (graphs, the allocator) need a GPU.
+"""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# Triton reads it on import; servers that other tests start must not inherit it.
+with mock.patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):
+    import sglang.srt.layers.gemma4_fused_ops as ops
+
+    ops = importlib.reload(ops)
+
+from sglang.test.ci.ci_register import (  # noqa: E402
+    register_cpu_ci,
+    register_cuda_ci,
+)
+
+register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
+register_cuda_ci(est_time=60, suite="stage-b-test-1-gpu-small")
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BITS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+# tokens, experts, kept
+SHAPES = [
+    *((0, 128, 8), (1, 1, 1), (2, 2, 1), (33, 2, 2), (1, 3, 1), (31, 3, 2)),
+    *((2, 96, 1), (31, 96, 8), (1, 96, 16), (2, 127, 2), (1, 127, 10), (1, 128, 1)),
+    *((2, 128, 2), (1, 128, 5), (33, 128, 8), (2, 128, 10), (1, 128, 16)),
+    *((2, 129, 5), (1, 129, 16), (1, 256, 8), (2, 256, 10), (2, 1000, 1)),
+    *((1, 1000, 8), (2, 1000, 16), (1, 1024, 32)),
+]
+LONG_SHAPES = [
+    *((1024, 128, 8, torch.bfloat16), (1024, 128, 2, torch.float32)),
+    *((2049, 128, 2, torch.bfloat16), (2049, 3, 1, torch.float32)),
+    *(
+        pytest.param(T, E, K, dtype, marks=needs_gpu)
+        for T, E, K in [(1024, 128, 8), (8191, 96, 5), (8191, 1000, 16)]
+        for dtype in DTYPES
+    ),
+    *(pytest.param(250000, 128, 8, dtype, marks=needs_gpu) for dtype in DTYPES),
+]
+
+
+def _oracle(logits: torch.Tensor, scale: torch.Tensor, topk: int):
+    """Ids by a stable sort, weights in float64; the order among NaNs is arbitrary."""
+    x = logits.double().cpu().numpy()
+    rank = np.where(np.isnan(x), -np.inf, -x)
+    # numpy's lexsort is stable, and its last key is the first to decide.
+    ids = np.lexsort((rank, ~np.isnan(x)), axis=-1)[:, :topk]
+    kept = np.take_along_axis(x, ids, axis=-1)
+    with np.errstate(invalid="ignore"):
+        gap = np.where(kept == kept[:, :1], 0.0, kept - kept[:, :1])
+    weights = np.exp(gap)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights * scale.double().cpu().numpy()[ids], ids
+
+
+def _check(logits: torch.Tensor, topk: int, scale_dtype=torch.float32):
+    T, E = logits.shape
+    scale = torch.rand(E, generator=torch.Generator().manual_seed(E)) + 0.5
+    scale = scale.to(logits.device, scale_dtype)
+    weights, ids = ops.gemma4_fused_routing(logits, scale, topk)
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+    assert weights.shape == ids.shape == (T, topk)
+
+    expected_weights, expected_ids = _oracle(logits, scale, topk)
+    weights, ids = weights.cpu().numpy(), ids.cpu().numpy()
+    assert ((ids >= 0) & (ids < E)).all()
+    assert (np.diff(np.sort(ids, axis=-1), axis=-1) > 0).all(), "an id is there twice"
+    nan = np.isnan(logits.double().cpu().numpy())
+    if nan.any():
+        # NaNs come first; they are compared as a set.
+        is_nan = np.take_along_axis(nan, ids, axis=-1)
+        expected_nan = np.take_along_axis(nan, expected_ids, axis=-1)
+        np.testing.assert_array_equal(is_nan, expected_nan)
+        ids, expected_ids = np.where(is_nan, -1, ids), np.where(
+            is_nan, -1, expected_ids
+        )
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-5, atol=1e-7)
+
+
+def _randn(T: int, E: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(1000 * T + E)
+    return torch.randn((T, E), generator=generator, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T, E, K", SHAPES)
+def test_shapes(T, E, K, dtype):
+    _check(_randn(T, E, dtype), K)
+
+
+@pytest.mark.parametrize("T, E, K, dtype", LONG_SHAPES)
+def test_long_shapes(T, E, K, dtype):
+    _check(_randn(T, E, dtype), K)
+
+
+def _special_rows(dtype: torch.dtype, E: int) -> torch.Tensor:
+    inf, info = float("inf"), torch.finfo(dtype)
+    generator = torch.Generator().manual_seed(0)
+    sign = torch.randint(0, 2, (E,), generator=generator) * 2.0 - 1
+    ramp = torch.arange(E, dtype=torch.float64)
+    normal = torch.randn(E, generator=generator, dtype=torch.float64)
+    one = torch.full((E,), -inf, dtype=torch.float64)
+    one[E // 2] = -1.0
+    # Neighbours in the dtype: 1 + a few units in the last place.
+    near = 1 + info.eps * torch.randint(0, 40, (E,), generator=generator)
+    rows = [
+        torch.zeros(E),
+        sign * 0.0,
+        ramp // 5,
+        -(ramp // 5),
+        ramp,
+        -ramp,
+        near,
+        -near,
+        normal - 3,
+        normal.round(),
+        normal * info.smallest_normal / 8,  # denormals, both signs
+        sign * info.smallest_normal * info.eps,  # the smallest there are
+        torch.where(ramp % 3 == 0, sign * info.max, normal),
+        torch.full((E,), info.min),
+        torch.full((E,), -inf),
+        one,
+        torch.where(ramp % 20 == 7, normal, -inf),
+        torch.where(ramp == 11, inf, normal),
+        torch.where(ramp % 50 == 9, inf, normal),
+        torch.where(ramp % 2 == 0, inf, -inf),
+    ]
+    return torch.stack([row.double() for row in rows]).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("E, K", [(128, 8), (100, 16)])
+def test_ties_infinities_denormals_extremes(E, K, dtype):
+    _check(_special_rows(dtype, E), K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan(dtype):
+    integer = torch.int16 if BITS[dtype] == 16 else torch.int32
+    quiet = torch.tensor(float("nan"), dtype=dtype).view(integer).item()
+    first = torch.tensor(float("inf"), dtype=dtype).view(integer).item() + 1
+    lowest = -(2 ** (BITS[dtype] - 1))
+    rows = _randn(7, 128, dtype).view(integer)
+    for row, bits in enumerate([quiet, first, quiet + lowest, first + lowest]):
+        rows[row, 77] = bits
+    rows[4] = first
+    rows[5, ::2] = -1
+    rows[6, 3] = quiet
+    rows = rows.view(dtype)
+    rows[6, 90:] = float("inf")
+    _check(rows, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("E, K", [(1, 1), (5, 3), (128, 8)])
+@given(data=st.data())
+def test_arbitrary_bits(E, K, dtype, data):
+    integer, numpy_integer = (
+        (torch.int16, np.int16) if BITS[dtype] == 16 else (torch.int32, np.int32)
+    )
+    low, high = np.iinfo(numpy_integer).min, np.iinfo(numpy_integer).max
+    # Few distinct patterns make ties, many make none.
+    patterns = data.draw(st.lists(st.integers(low, high), min_size=1, max_size=2 * E))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    picked = np.random.default_rng(seed).choice(patterns, (2, E)).astype(numpy_integer)
+    _check(torch.from_numpy(picked).view(integer).view(dtype).to(DEVICE), K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", ["columns", "rows", "transposed", "repeated", "odd"])
+def test_strides(view, dtype):
+    wide = _randn(6, 300, dtype)
+    logits = {
+        "columns": wide[:, 7:135],
+        "rows": wide[::3, :128],
+        "transposed": _randn(128, 3, dtype).t(),
+        "repeated": wide[:1, :128].expand(3, -1),
+        "odd": wide.flatten()[1 : 1 + 2 * 129].view(2, 129)[:, :128],
+    }[view]
+    _check(logits, 8)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scale_dtypes(dtype, scale_dtype):
+    _check(_randn(3, 128, dtype), 8, scale_dtype)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(gating_output=(2, 3, 8)), r"gating_output .*\(2, 3, 8\)"),
+        (dict(gating_output=(2, 0)), "gating_output .*got 0"),
+        (dict(gating_output=(2, 1025)), "gating_output .*got 1025"),
+        (dict(gating_dtype=torch.float64), "gating_output .*float64"),
+        (dict(scale=torch.ones(7)), r"per_expert_scale .*\(7,\)"),
+        (dict(scale=torch.ones(16)[::2]), r"per_expert_scale .*\(2,\)"),
+        (dict(scale=torch.ones(8, dtype=torch.int32)), "per_expert_scale .*int32"),
+        (dict(scale=torch.ones(8, device="meta")), "per_expert_scale .*meta"),
+        (dict(topk=0), "topk .*got 0"),
+        (dict(topk=9), "topk .*got 9"),
+        (dict(gating_output=(2, 64), topk=33), "topk .*got 33"),
+    ],
+)
+def test_bad_arguments(change, message):
+    shape = change.get("gating_output", (2, 8))
+    logits = torch.zeros(shape, dtype=change.get("gating_dtype"), device=DEVICE)
+    scale = change.get("scale", torch.ones(shape[-1]))
+    scale = scale if scale.is_meta or not CUDA else scale.to(DEVICE)
+    with pytest.raises(ValueError, match=message):
+        ops.gemma4_fused_routing(logits, scale, change.get("topk", 2))
+
+
+def test_fuses_cuda_logits_alone():
+    assert not ops.can_fuse_gemma4_routing(torch.zeros(2, 8), 2)
+    if CUDA:
+        logits = torch.zeros(2, 1024, device=DEVICE)
+        assert ops.can_fuse_gemma4_routing(logits, 32)
+        assert not ops.can_fuse_gemma4_routing(logits, 33)
+        assert not ops.can_fuse_gemma4_routing(logits.double(), 2)
+        assert not ops.can_fuse_gemma4_routing(logits[None], 2)
+        assert not ops.can_fuse_gemma4_routing(logits.repeat(1, 2), 2)
+
+
+@needs_gpu
+def test_more_than_two_to_the_31_logits():
+    T = 2**31 // 128 + 5000
+    logits = torch.empty((T, 128), dtype=torch.bfloat16, device=DEVICE).normal_()
+    scale = torch.ones(128, device=DEVICE)
+    weights, ids = ops.gemma4_fused_routing(logits, scale, 8)
+    for part in (slice(0, 5000), slice(T - 6000, T)):
+        expected_weights, expected_ids = _oracle(logits[part], scale, 8)
+        np.testing.assert_array_equal(ids[part].cpu().numpy(), expected_ids)
+        np.testing.assert_allclose(
+            weights[part].cpu().numpy(), expected_weights, rtol=1e-5, atol=1e-7
+        )
+
+
+@needs_gpu
+@pytest.mark.parametrize("T", [1, 1024, 8192])
+def test_graph_without_sync_and_two_allocations(T):
+    logits = _randn(T, 128, torch.bfloat16)
+    scale = torch.ones(128, device=DEVICE)
+    ops.gemma4_fused_routing(logits, scale, 8)
+    torch.cuda.synchronize()
+
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kept = ops.gemma4_fused_routing(logits, scale, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 2
+    del kept
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weights, ids = ops.gemma4_fused_routing(logits, scale, 8)
+    for seed in range(3):
+        logits.copy_(_randn(T + seed + 1, 128, torch.bfloat16)[1 + seed :])
+        graph.replay()
+        expected_weights, expected_ids = _oracle(logits, scale, 8)
+        np.testing.assert_array_equal(ids.cpu().numpy(), expected_ids)
+        np.testing.assert_allclose(
+            weights.cpu().numpy(), expected_weights, rtol=1e-5, atol=1e-7
+        )
+
+
+@needs_gpu
+def test_compiles_once_a_shape_class():
+    scale = torch.ones(128, device=DEVICE)
+    kernel = ops._gemma4_routing_kernel
+    kernel.device_caches.clear()
+    for T in (1, 2, 16, 17, 100, 512, 513, 1024, 2048, 2049, 4096, 10000):
+        ops.gemma4_fused_routing(_randn(T, 128, torch.bfloat16), scale, 8)
+    assert sum(len(cache[0]) for cache in kernel.device_caches.values()) == 3
+
+
+def _moe_outputs(port: int) -> dict:
+    """One MoE layer, routed by the kernel and by torch, on the CPU engine."""
+    from transformers import Gemma4TextConfig
+
+    from sglang.srt.distributed import (
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.models import gemma4_causal
+    from sglang.srt.server_args import (
+        ServerArgs,
+        set_global_server_args_for_scheduler,
+    )
+
+    server_args = ServerArgs(model_path="dummy", device="cpu")
+    set_global_server_args_for_scheduler(server_args)
+    init_distributed_environment(
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method=f"tcp://127.0.0.1:{port}",
+        backend="gloo",
+    )
+    initialize_model_parallel()
+    initialize_moe_config(server_args)
+
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        hidden_size=32,
+        num_experts=16,
+        top_k_experts=4,
+        moe_intermediate_size=16,
+        enable_moe_block=True,
+    )
+    moe = gemma4_causal.Gemma4MoE(config.hidden_size, 0, config)
+    for parameter in moe.parameters():
+        parameter.data.normal_(std=0.5)
+    moe.experts.quant_method.process_weights_after_loading(moe.experts)
+    hidden_states, router_logits = torch.randn(37, 32), torch.randn(37, 16)
+
+    outputs = {}
+    fused = mock.Mock(wraps=gemma4_causal.gemma4_fused_routing)
+    for name, fuse in [("fused", True), ("torch", False)]:
+        # The interpreter stands in for the GPU that these logits are not on.
+        with mock.patch.multiple(
+            gemma4_causal,
+            can_fuse_gemma4_routing=lambda logits, topk: fuse,
+            gemma4_fused_routing=fused,
+        ), torch.no_grad():
+            topk_weights, topk_ids, _ = moe.topk(hidden_states, router_logits)
+            output = moe(hidden_states, router_logits)
+        outputs[name] = [t.numpy() for t in (topk_weights, topk_ids, output)]
+    outputs["calls"] = fused.call_count
+    return outputs
+
+
+def test_moe_layer_as_with_torch():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = {"TRITON_INTERPRET": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(
+        1, mp_context=spawn
+    ) as pool:
+        outputs = pool.submit(_moe_outputs, port).result()
+
+    assert outputs["calls"] == 2
+    (weights, ids, output), expected = outputs["fused"], outputs["torch"]
+    np.testing.assert_array_equal(ids, expected[1])
+    np.testing.assert_allclose(weights, expected[0], rtol=2e-6)
+    np.testing.assert_allclose(output, expected[2], rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,259 @@
+"""Gemma 4 over HTTP answers as transformers does, on the CPU engine.
+
+Every server answers greedy requests of 64 tokens; transformers then scores prompt and
+answer in one forward pass without a KV cache. In float32 each answered token must be
+transformers' own first choice, and each returned logprob equal to within 1e-3. In
+bfloat16, where two correct implementations break near ties differently, each token must
+be within the tolerance of the first choice, and each logprob within 3e-2.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import requests
+import torch
+from transformers import AutoModelForCausalLM, Gemma4ForConditionalGeneration
+
+from sglang.srt.utils import kill_process_tree
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import (
+    CustomTestCase,
+    find_available_port,
+    popen_launch_server,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
+from checkpoint import BOS, FIRST_TEXT_TOKEN, SHAPES, write_checkpoint  # noqa: E402
+
+register_cpu_ci(est_time=240, suite="stage-a-test-cpu")
+
+TINY = SHAPES["tiny"].text
+WINDOW = TINY["sliding_window"]
+LENGTHS = (1, 5, WINDOW - 1, WINDOW, WINDOW + 1, 4 * WINDOW)
+NEW_TOKENS = 64
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+
+# Prompts are chunked within the window and across it, eight requests do not fit the
+# pool, and all are admitted nevertheless, so that decoding has to retract some.
+TIGHT = [
+    *("--chunked-prefill-size", "24"),
+    *("--max-total-tokens", "480"),
+    *("--schedule-conservativeness", "0"),
+]
+ROOMY = ["--max-total-tokens", "4096"]
+
+
+def _prompt(length: int, seed: int = 0) -> list:
+    """`<bos>` and `length - 1` random text tokens."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    high = min(SHAPES["tiny"].multimodal_ids.values())
+    text = torch.randint(FIRST_TEXT_TOKEN, high, (length - 1,), generator=generator)
+    return [BOS] + text.tolist()
+
+
+def setUpModule():
+    global FOLDERS
+    FOLDERS = tempfile.mkdtemp(prefix="gemma4-parity-")
+    write_checkpoint(f"{FOLDERS}/multimodal")
+    write_checkpoint(f"{FOLDERS}/text", text_only=True)
+
+
+def tearDownModule():
+    shutil.rmtree(FOLDERS)
+
+
+class Parity:
+    """The cases; a subclass names the folder, the dtype and the server's arguments."""
+
+    folder: str
+    dtype: str
+    server_args: list
+
+    @classmethod
+    def setUpClass(cls):
+        model_class = (
+            Gemma4ForConditionalGeneration
+            if cls.folder == "multimodal"
+            else AutoModelForCausalLM
+        )
+        path = f"{FOLDERS}/{cls.folder}"
+        cls.oracle = model_class.from_pretrained(
+            path,
+            dtype=getattr(torch, cls.dtype),
+            attn_implementation="eager",
+            experts_implementation="eager",
+        ).eval()
+        cls.process = None
+        cls.base_url = f"http://127.0.0.1:{find_available_port(21000)}"
+        cls.process = popen_launch_server(
+            path,
+            cls.base_url,
+            timeout=300,
+            device="cpu",
+            other_args=[
+                *("--device", "cpu"),
+                *("--dtype", cls.dtype),
+                *cls.server_args,
+                "--skip-server-warmup",
+            ],
+            env={
+                "SGLANG_USE_CPU_ENGINE": "1",
+                # The `sglang` of the interpreter that runs the test.
+                "PATH": os.pathsep.join(
+                    [os.path.dirname(sys.executable), os.environ.get("PATH", "")]
+                ),
+            },
+        )
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.process is not None:
+            kill_process_tree(cls.process.pid)
+            cls.process.wait()
+
+    def setUp(self):
+        response = requests.post(f"{self.base_url}/flush_cache", timeout=60)
+        self.assertEqual(response.status_code, 200, response.text)
+
+    def generate(self, prompts, new_tokens=NEW_TOKENS, logprob_start_len=-1) -> list:
+        """Send the prompts in one request; returns one answer a prompt."""
+        response = requests.post(
+            f"{self.base_url}/generate",
+            json={
+                "input_ids": prompts,
+                "sampling_params": {
+                    "temperature": 0,
+                    "max_new_tokens": new_tokens,
+                    "ignore_eos": True,
+                },
+                "return_logprob": True,
+                "logprob_start_len": logprob_start_len,
+            },
+            timeout=300,
+        )
+        self.assertEqual(response.status_code, 200, response.text)
+        return response.json()
+
+    @torch.inference_mode()
+    def check(self, name, prompt, answer):
+        """Compare an answer with transformers, and say where they part."""
+        tokens, meta = answer["output_ids"], answer["meta_info"]
+        self.assertEqual(len(tokens), NEW_TOKENS, name)
+        logits = self.oracle(input_ids=torch.tensor([prompt + tokens])).logits[0, :-1]
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        tolerance = TOLERANCE[self.dtype]
+
+        best, choice = logprobs[len(prompt) - 1 :].max(dim=-1)
+        chosen = torch.tensor(tokens)
+        of_chosen = logprobs[len(prompt) - 1 :].gather(1, chosen[:, None])[:, 0]
+        wrong = (
+            choice != chosen
+            if self.dtype == "float32"
+            else best - of_chosen > tolerance
+        )
+        if wrong.any():
+            i = wrong.nonzero()[0].item()
+            self.fail(
+                f"{name}: {wrong.sum()} of {len(tokens)} tokens differ, the first at "
+                f"output {i} (position {len(prompt) + i}): served {tokens[i]}, "
+                f"transformers chooses {choice[i]} and finds the served token "
+                f"{best[i] - of_chosen[i]:.2e} less likely.\n"
+                f"served       {tokens[max(0, i - 3) : i + 5]}\n"
+                f"transformers {choice[max(0, i - 3) : i + 5].tolist()}"
+            )
+
+        entries = meta["input_token_logprobs"] + meta["output_token_logprobs"]
+        entries = [entry for entry in entries if entry[0] is not None]
+        served = torch.tensor([entry[0] for entry in entries])
+        ids = torch.tensor([entry[1] for entry in entries])
+        first = len(prompt) + len(tokens) - len(entries)
+        self.assertEqual(ids.tolist(), (prompt + tokens)[first:], name)
+        expected = logprobs[first - 1 :].gather(1, ids[:, None])[:, 0]
+        difference = (served - expected).abs()
+        if difference.isnan().any() or difference.max() > tolerance:
+            far = (difference <= tolerance).logical_not().nonzero()[:, 0]
+            worst, i = difference.argmax().item(), far[0].item()
+            self.fail(
+                f"{name}: {len(far)} of {len(entries)} logprobs differ by more than "
+                f"{tolerance}, the first at position {first + i} (served "
+                f"{served[i]:.5f}, transformers {expected[i]:.5f}), the most at "
+                f"{first + worst} by {difference[worst]:.2e}."
+            )
+
+    def test_alone(self):
+        for length in LENGTHS:
+            with self.subTest(length=length):
+                prompt = _prompt(length)
+                answer = self.generate(prompt, logprob_start_len=0)
+                self.assertEqual(
+                    len(answer["meta_info"]["input_token_logprobs"]), length
+                )
+                self.check(f"prompt of {length} tokens", prompt, answer)
+
+    def test_eight_at_once(self):
+        prompts = [_prompt(n, seed=1) for n in (*LENGTHS, 2 * WINDOW, WINDOW // 2)]
+        answers = self.generate(prompts)
+        retractions = [a["meta_info"]["num_retractions"] for a in answers]
+        if self.server_args is TIGHT:
+            self.assertGreater(sum(retractions), 0)
+        else:
+            self.assertEqual(sum(retractions), 0)
+        for prompt, answer, n in zip(prompts, answers, retractions):
+            with self.subTest(length=len(prompt)):
+                self.check(
+                    f"prompt of {len(prompt)} tokens, retracted {n} times",
+                    prompt,
+                    answer,
+                )
+
+    def test_prefix_cache_hit(self):
+        start = _prompt(3 * WINDOW, seed=2)
+        self.generate(start, new_tokens=1)
+        for length in (1, 5, WINDOW + 1):
+            with self.subTest(new=length):
+                prompt = start + _prompt(length + 1, seed=3)[1:]
+                answer = self.generate(prompt)
+                self.assertGreaterEqual(
+                    answer["meta_info"]["cached_tokens"], len(start)
+                )
+                self.check(f"{length} tokens after a cached prefix", prompt, answer)
+
+    def test_continued_answer(self):
+        prompt = _prompt(WINDOW, seed=4)
+        answer = self.generate(prompt)
+        self.check("first turn", prompt, answer)
+        prompt = prompt + answer["output_ids"] + _prompt(8, seed=5)[1:]
+        answer = self.generate(prompt)
+        # The last token of an answer has no KV yet.
+        self.assertGreaterEqual(
+            answer["meta_info"]["cached_tokens"], WINDOW + NEW_TOKENS - 1
+        )
+        self.check("second turn", prompt, answer)
+
+
+class TestFloat32(Parity, CustomTestCase):
+    folder, dtype, server_args = "multimodal", "float32", ROOMY
+
+
+class TestFloat32Tight(Parity, CustomTestCase):
+    folder, dtype, server_args = "multimodal", "float32", TIGHT
+
+
+class TestBFloat16Tight(Parity, CustomTestCase):
+    folder, dtype, server_args = "multimodal", "bfloat16", TIGHT
+
+
+class TestTextOnlyFloat32Tight(Parity, CustomTestCase):
+    folder, dtype, server_args = "text", "float32", TIGHT
+
+
+class TestTextOnlyBFloat16Tight(Parity, CustomTestCase):
+    folder, dtype, server_args = "text", "bfloat16", TIGHT
+
+
+if __name__ == "__main__":
+    unittest.main()
