@@ -16,6 +16,7 @@ a kernel that is launched early (programmatic dependent launch) shows what that 
 
 import argparse
 import ast
+import hashlib
 import importlib.metadata
 import importlib.util
 import statistics
@@ -69,7 +70,8 @@ def _torch_routing(logits, scale, topk):
     return topk_weights.to(torch.float32), topk_ids.to(torch.int32)
 
 
-def _load_ours(path: Optional[Path]):
+def _load_ours(path: Optional[Path]) -> tuple:
+    """(routing function, SHA-256 of its file); the file needs torch and triton alone."""
     if path is None:
         checkout = Path(__file__).parents[2] / "python" / OURS
         found = importlib.util.find_spec("sglang")
@@ -82,7 +84,7 @@ def _load_ours(path: Optional[Path]):
     spec.loader.exec_module(module)
     if not hasattr(module, "gemma4_fused_routing"):
         raise SystemExit(f"{path} has no gemma4_fused_routing: is the series applied?")
-    return module.gemma4_fused_routing
+    return module.gemma4_fused_routing, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _load_peer(name: str, sites: List[str]) -> Optional[tuple]:
@@ -199,7 +201,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "no GPU: the router's kernels are timed on one\n")
 
-    arms = {"torch": _torch_routing, "fork": _load_ours(args.kernel)}
+    ours, sha256 = _load_ours(args.kernel)
+    arms = {"torch": _torch_routing, "fork": ours}
     arms.update(filter(None, (_load_peer(name, args.peer_site) for name in PEERS)))
     _check(arms, args.experts, args.topk)
 
@@ -210,8 +213,13 @@ def main() -> None:
         topk=args.topk,
         hidden=args.hidden,
         launches_a_sample=LAUNCHES,
+        kernel_sha256=sha256,
         copy_bytes_per_us=round(rate),
         limits=["empty launch", "bytes"],
+    )
+    results.notes.append(
+        "`fork` is the file of settings.kernel_sha256; a version of sglang or vllm is "
+        "the peer's."
     )
     torch.manual_seed(0)
     scale = torch.rand(args.experts, device="cuda") + 0.5
@@ -223,8 +231,9 @@ def main() -> None:
     for tokens, dtype, kind in tqdm(cases, desc="alone", unit="case"):
         logits = torch.randn((tokens, args.experts), device="cuda").to(DTYPES[dtype])
         if kind == "all far":
-            # The float32 kernel's slow path: the best logit is near 0, the K-th is not.
+            # The float32 kernel's slow path in every row: only the best is positive.
             logits = -logits.abs()
+            logits[:, 0] = 1
         graphs = {
             name: _capture(lambda: route(logits, scale, args.topk))
             for name, route in arms.items()

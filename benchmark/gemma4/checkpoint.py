@@ -24,9 +24,10 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Optional
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -201,9 +202,7 @@ SHAPES = {
             "standardize": True,
         },
         draft={"hidden_size": 64, "intermediate_size": 128},
-        multimodal_ids={
-            name: 2048 - 8 + i for i, name in enumerate(RELEASED_IDS)
-        },
+        multimodal_ids={name: 2048 - 8 + i for i, name in enumerate(RELEASED_IDS)},
         soft_tokens=70,
         tiny=True,
     ),
@@ -417,7 +416,7 @@ def _processor(shape: Shape, tokenizer):
 # Weights ---------------------------------------------------------------------
 
 
-def _on_meta(config) -> Dict[str, torch.Tensor]:
+def _on_meta(config) -> dict[str, torch.Tensor]:
     """Names and shapes that save_pretrained of the config's model class would write."""
     import transformers
 
@@ -427,13 +426,15 @@ def _on_meta(config) -> Dict[str, torch.Tensor]:
     return {k: v for k, v in model.state_dict().items() if k not in tied}
 
 
-def _draft_on_meta(config: dict) -> Dict[str, torch.Tensor]:
+def _draft_on_meta(config: dict) -> dict[str, torch.Tensor]:
     from transformers import Gemma4TextConfig
 
     text = Gemma4TextConfig(**config["text_config"])
     text.architectures = ["Gemma4ForCausalLM"]
     hidden, backbone = text.hidden_size, config["backbone_hidden_size"]
-    # The draft has queries alone: keys and values are the target's.
+    # The draft has queries alone: keys and values are the target's. transformers 5.6
+    # does not build a model in which every layer shares them.
+    text.num_kv_shared_layers = 0
     absent = (".k_proj.weight", ".v_proj.weight", ".k_norm.weight")
     weights = {k: v for k, v in _on_meta(text).items() if not k.endswith(absent)}
     weights["pre_projection.weight"] = torch.empty(hidden, 2 * backbone, device="meta")
@@ -495,7 +496,12 @@ def _fill_tiny(name: str, weight: torch.Tensor, generator: torch.Generator):
 
 
 def _draw(
-    shape: Shape, seed: int, name: str, size: torch.Size, dtype: torch.dtype, device: str
+    shape: Shape,
+    seed: int,
+    name: str,
+    size: torch.Size,
+    dtype: torch.dtype,
+    device: str,
 ) -> torch.Tensor:
     """Draw one weight; returns it on `device` in `dtype`."""
     generator = _generator(seed, name, device)
@@ -517,7 +523,7 @@ def _save_weights(
     folder: Path,
     shape: Shape,
     seed: int,
-    weights: Dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
@@ -528,7 +534,7 @@ def _save_weights(
     threads = 6 if device == "cuda" else 2
     total = sum(v.numel() * v.element_size() for v in weights.values())
 
-    def save(tensors: Dict[str, torch.Tensor], path: Path) -> int:
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> int:
         save_file(tensors, path, metadata={"format": "pt"})
         # safetensors makes its files private.
         shutil.copymode(folder / "config.json", path)
@@ -539,14 +545,12 @@ def _save_weights(
             tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, disable=None)
         )
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        running: List = []
+        running = []
         for file, names in plan.filename_to_tensors.items():
             if len(running) == threads:
                 progress.update(running.pop(0).result())
             tensors = {
-                name: _draw(
-                    shape, seed, name, weights[name].shape, dtype, device
-                ).cpu()
+                name: _draw(shape, seed, name, weights[name].shape, dtype, device).cpu()
                 for name in names
             }
             running.append(pool.submit(save, tensors, folder / file))
@@ -681,7 +685,12 @@ def write_checkpoint(
 
     parent = out.parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as e:
+            raise CheckpointError(
+                f"{e.filename} is not a folder; choose another name for {out}."
+            ) from None
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise CheckpointError(
@@ -802,7 +811,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Optional[list[str]] = None) -> int:
     args = _parser().parse_args(argv)
     # A terminated run leaves no more behind than an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

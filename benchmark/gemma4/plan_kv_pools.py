@@ -2,7 +2,7 @@
 
     python benchmark/gemma4/plan_kv_pools.py 26b-a4b --kv-memory 74.38GB
     python benchmark/gemma4/plan_kv_pools.py 31b --kv-memory 57GB --ratio 0.05:1.0:0.05 \\
-        --plot pools.png --json pools.json
+        --plot pictures --json pools.json
     python benchmark/gemma4/plan_kv_pools.py /models/gemma-4-26B-A4B-it --requests 160
 
 The model is a folder or a shape of checkpoint.py. Pool sizes are the server's: the
@@ -15,7 +15,6 @@ Exit status: 0 if the load fits, 1 if it does not, 2 if it could not be planned.
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -81,7 +80,8 @@ def swa_tokens_per_request(
     """Most SWA slots that a request holds while it decodes.
 
     The radix cache locks the leaf in which the prompt's window lies, at most `leaf_len`
-    slots, until the request ends. Generated tokens leave the pool once
+    slots, until the request ends; a last chunk shorter than the window locks the leaf
+    before it as well, which is not counted. Generated tokens leave the pool once
     `eviction_interval` of them lie a page beyond the window.
     """
     held = page_size + window + eviction_interval + draft_tokens
@@ -117,9 +117,7 @@ def plan(folder: str, kv_bytes: int, ratio: Optional[float], load: Load, args) -
         server_args=server_args,
     )
     # The tensor parallel group exists only in a running server.
-    with patch.object(
-        pool_configurator, "get_attention_tp_size", lambda: args.tp_size
-    ):
+    with patch.object(pool_configurator, "get_attention_tp_size", lambda: args.tp_size):
         configurator = pool_configurator.create_memory_pool_configurator(runner)
     logging.getLogger(pool_configurator.__name__).setLevel(logging.WARNING)
     try:
@@ -131,24 +129,29 @@ def plan(folder: str, kv_bytes: int, ratio: Optional[float], load: Load, args) -
         ) from None
 
     page = args.page_size
-    # The first layer attends to window - 1 tokens beside its own.
+    # A token attends to itself and to window - 1 tokens before it.
     window = model_config.hf_text_config.sliding_window - 1
     window_in_pages = -(-window // page) * page
     split = envs.SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT.get()
     multiplier = envs.SGLANG_SWA_EVICTION_INTERVAL_MULTIPLIER.get()
     full_per_request = load.input_len + load.output_len + args.draft_tokens
     full_per_request = -(-full_per_request // page) * page
+    leaf_len = window_in_pages if split else args.chunked_prefill_size
     swa_per_request = swa_tokens_per_request(
         load,
         window,
         page,
-        window_in_pages if split else args.chunked_prefill_size,
+        leaf_len,
         max(page, int(window * multiplier) // page * page),
         args.draft_tokens,
     )
-    # A chunk runs while the next one is allocated.
-    prefilling = min(2 * args.chunked_prefill_size, load.input_len * 2)
+    # A chunk runs while the next one is allocated; short prompts stay as they are.
+    chunk = args.chunked_prefill_size
+    prefilling = 2 * chunk if load.input_len > leaf_len else 0
     full, swa = config.full_max_total_num_tokens, config.swa_max_total_num_tokens
+    swa_requests = max(0, swa - prefilling) // swa_per_request
+    if swa >= max(swa_per_request, min(load.input_len, 2 * chunk) + page):
+        swa_requests = max(1, swa_requests)  # alone, it shares with no other's chunks
     return Plan(
         ratio=server_args.swa_full_tokens_ratio,
         full_bytes_per_token=configurator._full_per_token
@@ -160,7 +163,7 @@ def plan(folder: str, kv_bytes: int, ratio: Optional[float], load: Load, args) -
         swa_tokens_per_request=swa_per_request,
         swa_tokens_prefilling=prefilling,
         full_requests=full // full_per_request,
-        swa_requests=max(0, swa - prefilling) // swa_per_request,
+        swa_requests=swa_requests,
     )
 
 
@@ -268,33 +271,31 @@ def print_table(plans: List[Plan], load: Load, kv_bytes: int) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def write_plot(plans: List[Plan], load: Load, path: str) -> None:
-    import matplotlib
+def to_results(plans: List[Plan], load: Load, name: str, kv_bytes: int, model: str):
+    """The plans as a result file: tokens and requests of both pools at each ratio."""
+    from results import Results
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (pools, requests) = plt.subplots(1, 2, figsize=(10, 4))
-    x = [p.ratio for p in plans]
-    style = {"marker": "o", "markersize": 3}
-    pools.plot(x, [p.full_tokens for p in plans], label="full", **style)
-    pools.plot(x, [p.swa_tokens for p in plans], label="SWA", **style)
-    pools.set(xlabel="swa_full_tokens_ratio", ylabel="tokens", ylim=0)
-    requests.plot(x, [p.full_requests for p in plans], label="full", **style)
-    requests.plot(x, [p.swa_requests for p in plans], label="SWA", **style)
-    if load.num_requests:
-        requests.axhline(load.num_requests, color="gray", ls=":", label="wanted")
-    requests.set(
-        xlabel="swa_full_tokens_ratio",
-        ylabel=f"requests of {load.input_len}/{load.output_len} at once",
-        ylim=0,
+    first = plans[0]
+    results = Results.start(
+        "pools",
+        name,
+        f"{Path(model).name}, {load.input_len}/{load.output_len}",
+        model=Path(model).name,
+        kv_bytes=kv_bytes,
+        load=dataclasses.asdict(load),
+        full_bytes_per_token=first.full_bytes_per_token,
+        swa_bytes_per_token=first.swa_bytes_per_token,
+        full_tokens_per_request=first.full_tokens_per_request,
+        swa_tokens_per_request=first.swa_tokens_per_request,
+        swa_tokens_prefilling=first.swa_tokens_prefilling,
     )
-    for axes in (pools, requests):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    for p in plans:
+        case = {"ratio": p.ratio}
+        results.add(case, "full", "tokens", "tokens", [p.full_tokens])
+        results.add(case, "SWA", "tokens", "tokens", [p.swa_tokens])
+        results.add(case, "full", "requests", "at once", [p.full_requests])
+        results.add(case, "SWA", "requests", "at once", [p.swa_requests])
+    return results
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -326,8 +327,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "fp8_e4m3", "fp8_e5m2"), default="auto"
     )
-    parser.add_argument("--plot", metavar="PNG")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FOLDER", help="draw SVGs there")
+    parser.add_argument("--json", metavar="FILE", help="write a result file")
     return parser
 
 
@@ -349,20 +350,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 2
 
     print_table(plans, load, kv_bytes)
-    if args.plot:
-        write_plot(plans, load, args.plot)
-    if args.json:
-        rows = [
-            {**dataclasses.asdict(p), "requests": p.requests, "binds": p.binds}
-            for p in plans
-        ]
-        result = {
-            "model": args.model,
-            "kv_bytes": kv_bytes,
-            "load": dataclasses.asdict(load),
-            "plans": rows,
-        }
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    name = Path(args.json).stem if args.json else "kv-pools"
+    if args.json or args.plot:
+        results = to_results(plans, load, name, kv_bytes, args.model)
+        if args.json:
+            results.save(args.json)
+        if args.plot:
+            from plot import draw
+
+            draw(results, Path(args.plot))
 
     best = max(plans, key=lambda p: p.requests)
     wanted = load.num_requests or 1

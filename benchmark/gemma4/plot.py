@@ -17,7 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from results import Record, Results
@@ -100,9 +100,15 @@ def _curves(axes, records: List[Record], axis: str, results: Results) -> None:
     if max(x) > 50 * max(min(x), 1):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        # A limit far below everything measured need not be seen whole.
+        limits = results.settings.get("limits", [])
+        lowest = min(min(r.samples) for r in records if r.arm not in limits)
+        axes.set_ylim(bottom=lowest / 3)
         plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
         axes.xaxis.set_major_formatter(plain)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     axes.set_xlabel(axis)

@@ -242,7 +242,8 @@ def table(results: Results, metric: str, **case) -> str:
         row = tuple(record.case[key] for key in keys)
         rows.setdefault(row, {})[record.arm] = record
     spread = max(record.spread for record in records)
-    head = [f"{', '.join(keys)} ({metric}, {records[0].unit}, ± {spread:.1%})", *arms]
+    unit = f"{records[0].unit}, ± {spread:.1%}" if spread else records[0].unit
+    head = [f"{', '.join(keys)} ({metric}, {unit})", *arms]
     lines = [head, ["---"] + ["---:"] * len(arms)]
     for row, cells in rows.items():
         medians = (cells[arm].median if arm in cells else None for arm in arms)

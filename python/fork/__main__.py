@@ -83,7 +83,9 @@ def parse() -> argparse.Namespace:
         added.set_defaults(command=command)
         if command in (serve, demo):
             added.add_argument("--port", type=int, default=30000)
-            added.add_argument("--model", default="", help="a checkpoint, or a tiny one")
+            added.add_argument(
+                "--model", default="", help="a checkpoint, or a tiny one"
+            )
     return parser.parse_args()
 
 

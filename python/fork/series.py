@@ -31,6 +31,11 @@ FORMAT = [
     *["--no-textconv", "--no-relative", "--no-renames", "--unified=3"],
     *["--diff-algorithm=myers", "--indent-heuristic"],
 ]
+ADVICE = (
+    "An empty commit is dropped, a subject of two lines becomes one, and lines that "
+    "begin with '---', 'diff -', 'Index: ' or 'From: ' end or change a message: mend "
+    "that with `git -C python/sglang rebase -i refs/fork/base`."
+)
 LOG = ["log", "--reverse", "--topo-order", "--date=raw"]
 
 
@@ -67,7 +72,10 @@ def commit_base(git: Git, project: Project, content: Path) -> str:
         git("add", "--force", "--", ".", *excluded)
         tree = git("write-tree").strip()
     by = {name.replace("COMMITTER", "AUTHOR"): who for name, who in COMMITTER.items()}
-    dates = {"GIT_AUTHOR_DATE": f"{EPOCH} +0000", "GIT_COMMITTER_DATE": f"{EPOCH} +0000"}
+    dates = {
+        "GIT_AUTHOR_DATE": f"{EPOCH} +0000",
+        "GIT_COMMITTER_DATE": f"{EPOCH} +0000",
+    }
     message = f"{base.requirement(project)}\n\nThe release as it is, for the series.\n"
     commit = git("commit-tree", tree, input=message, **by, **dates).strip()
     git("update-ref", BASE, commit)
@@ -157,7 +165,9 @@ def write(git: Git, commits: str, folder: Path, prefix: str = "") -> list[Path]:
 
 
 def _with_carriage_returns(git: Git, commits: str) -> set[str]:
-    changed = git.names("log", "--format=", "--name-only", "--no-renames", "-z", commits)
+    changed = git.names(
+        "log", "--format=", "--name-only", "--no-renames", "-z", commits
+    )
     if not changed:
         return set()
     revisions = [*git.lines("rev-list", commits), commits.split("..")[0]]
@@ -192,17 +202,13 @@ def _check(git: Git, commits: str, patches: Sequence[Path], *options: str) -> No
 
     ours = read(commits)
     try:
-        again = apply(git, patches, *options, onto=start)
+        theirs = read(f"{start}..{apply(git, patches, *options, onto=start)}")
     except (PatchError, GitError) as error:
-        raise ForkError(f"What was exported does not apply again: {error}") from None
-    theirs = read(f"{start}..{again}")
+        raise ForkError(f"The commits cannot be patches: {error} {ADVICE}") from None
     for mine, other in zip(ours, [*theirs, *[None] * len(ours)]):
         if other is None or mine[1:] != other[1:]:
             lost = [p for p, a, b in zip(parts, mine[1:], (other or [])[1:]) if a != b]
             raise ForkError(
-                f"Commit {mine[0]} cannot be a patch, as `git am` makes another "
-                f"{' and '.join(lost) or 'series'} of it: change it with "
-                "`git -C python/sglang rebase -i refs/fork/base`. (An empty commit is "
-                "dropped, a subject of two lines becomes one, and lines that begin "
-                "with '---', 'diff -', 'Index: ' or 'From: ' end or change a message.)"
+                f"The commit {mine[0]} cannot be a patch, as `git am` makes another "
+                f"{' and '.join(lost) or 'series'} of it. {ADVICE}"
             )

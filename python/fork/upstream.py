@@ -32,11 +32,13 @@ def repository(project: Project) -> Iterator[Git]:
 def added_files(project: Project, git: Git) -> dict[str, list[str]]:
     """Returns what the Adds: trailers of the commits after BASE name, by commit.
 
+    A file that several name comes with the first.
+
     Raises:
-        ForkError: A file that is not in the repository, or named twice, or an Adds:
-            line that is no trailer.
+        ForkError: A file that is not in the repository, or an Adds: line that is no
+            trailer.
     """
-    added, owner = {}, {}
+    added = {}
     for commit in git.lines("rev-list", "--reverse", f"{BASE}..HEAD"):
         subject = git("show", "--no-patch", "--format=%s", commit).strip()
         values = "--format=%(trailers:key=Adds,valueonly,unfold)"
@@ -59,12 +61,6 @@ def added_files(project: Project, git: Git) -> dict[str, list[str]]:
                     f'"{subject}" says "Adds: {path}": files of {PREFIX} are added '
                     "by the patch itself; drop the trailer."
                 )
-            if path in owner:
-                raise ForkError(
-                    f'"{owner[path]}" and "{subject}" both say "Adds: {path}": keep '
-                    "the trailer of the first that needs it."
-                )
-            owner[path] = subject
         added[commit] = paths
     return added
 

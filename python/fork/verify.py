@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import py_compile
 import re
 import subprocess
@@ -20,12 +21,15 @@ from fork.upstream import added_files, repository
 
 
 def verify(project: Project) -> None:
-    """Checks the series alone, then python/sglang against it, then each prefix.
+    """Checks the series, python/sglang against it, and each prefix of it.
 
     Raises:
         ForkError: What is wrong, and what to do.
     """
     patches, release = project.patches(), base.requirement(project)
+    tree = Tree(project)
+    if tree.exists():
+        tree.refuse_unexported()
     _check_numbers(project, patches)
     with repository(project) as git:
         try:
@@ -38,11 +42,9 @@ def verify(project: Project) -> None:
         say(f"The series of {len(patches)} applies to {release} with git am.")
         _check_bytes(project, git, "")
         say("An export of it is the same to the byte.")
-        added = sum(map(len, added_files(project, git).values()))
-        say(f"The {added} files that its Adds: trailers name are there.")
-        tree = Tree(project)
+        added = set().union(*added_files(project, git).values())
+        say(f"The {len(added)} files that its Adds: trailers name are there.")
         if tree.exists():
-            tree.refuse_unexported()
             _check_bytes(project, tree.git, PREFIX, tree.name)
             say(f"{tree.name} holds nothing that was not exported.")
         _check_prefixes(git)
@@ -142,9 +144,12 @@ class Importer:
     def __init__(self, folder: Path):
         self.log = tempfile.TemporaryFile("w+")
         program = Path(__file__).with_name("imports.py")
+        env = dict(os.environ)
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # prefixes share most modules
         self.process = subprocess.Popen(
             [sys.executable, program],
             cwd=folder,
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

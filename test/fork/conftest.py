@@ -47,6 +47,7 @@ FILES = {
     "sglang/srt/__init__.py": b"",
     "sglang/srt/model.py": b"".join(b"line_%d = %d\n" % (i, i) for i in range(30))
     + b"layers = 2\n",
+    "sglang/srt/gpu.py": b"import no_such_gpu\n",
     "sglang/srt/crlf.py": b"a = 1\r\nb = 2\r\n",
     "sglang/srt/mixed.txt": b"a\r\nb\nc\r\n",
     "sglang/srt/no_newline.py": b"x = 1",
@@ -191,7 +192,7 @@ def env(wheels, tmp_path_factory) -> dict:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("GIT_", "PIP_"))
+        if not name.startswith(("GIT_", "PIP_", "PYTHON"))
     }
     return {
         **kept,

@@ -6,11 +6,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fork.errors import ForkError
 from fork.project import Project
 from fork.tree import Tree
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 words = st.text(
     st.characters(categories=("L", "N", "S", "P"), exclude_characters="\x00"),
@@ -109,7 +110,7 @@ def log(repository) -> str:
 
 def tracked(repository) -> dict:
     found = repository.contents(repository.tree)
-    return {name: it for name, it in found.items() if name != "_version.py"}
+    return {k: v for k, v in found.items() if not k.endswith((".rej", "_version.py"))}
 
 
 @settings(max_examples=settings.default.max_examples // 5)  # each runs git 100 times
@@ -174,7 +175,7 @@ def test_a_message_that_mail_changes_is_refused_before_anything_is_written(
 ):
     (repository.tree / "srt/model.py").write_text("layers = 3\n")
     commit_all(repository, message)
-    with pytest.raises(ForkError, match="(?s)^Commit [0-9a-f]+|does not apply again"):
+    with pytest.raises(ForkError, match="cannot be (a patch|patches)"):
         Tree(Project.load(python=repository.python)).export()
     assert not list(repository.patches.glob("*.patch"))
 
@@ -188,7 +189,9 @@ def test_the_commits_are_the_same_for_every_user(checked_out, tmp_path):
             repository.fork("export")
         else:
             shutil.copytree(
-                tmp_path / "one/patches", repository.root / "patches", dirs_exist_ok=True
+                tmp_path / "one/patches",
+                repository.root / "patches",
+                dirs_exist_ok=True,
             )
         shutil.rmtree(repository.tree)
         repository.fork("checkout")

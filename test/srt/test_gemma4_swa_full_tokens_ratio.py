@@ -104,9 +104,11 @@ class TestDefault(_Case):
                 arch = args.get_model_config().hf_config.architectures[0]
                 self.assertEqual(
                     arch,
-                    "Gemma4ForCausalLM"
-                    if text_only
-                    else "Gemma4ForConditionalGeneration",
+                    (
+                        "Gemma4ForCausalLM"
+                        if text_only
+                        else "Gemma4ForConditionalGeneration"
+                    ),
                 )
                 self.assertEqual(args.swa_full_tokens_ratio, 0.15)
                 said = [x for x in logs.output if "swa_full_tokens_ratio" in x]
@@ -119,7 +121,8 @@ class TestDefault(_Case):
         with self.assertLogs("sglang.srt.server_args", logging.INFO) as logs:
             self.assertEqual(parse(gemma4("31b")).swa_full_tokens_ratio, 0.8)
         self.assertIn(
-            "Setting swa_full_tokens_ratio to 0.8 for dense Gemma4", "".join(logs.output)
+            "Setting swa_full_tokens_ratio to 0.8 for dense Gemma4",
+            "".join(logs.output),
         )
 
     def test_other_architectures(self):
@@ -164,7 +167,9 @@ class TestSetMeansSet(_Case):
         for folder in (gemma4(), gemma4(text_only=True), gemma4("31b")):
             for ratio in self.ratios:
                 with self.subTest(folder=folder, ratio=ratio):
-                    with self.assertLogs("sglang.srt.server_args", logging.INFO) as logs:
+                    with self.assertLogs(
+                        "sglang.srt.server_args", logging.INFO
+                    ) as logs:
                         args = build(folder, ratio)
                     self.check(args, ratio, logs)
 
@@ -197,7 +202,9 @@ class TestSetMeansSet(_Case):
 
         def build(folder, ratio):
             # Engine makes its ServerArgs and hands them to the processes it starts.
-            with patch.object(Engine, "_launch_subprocesses", side_effect=Stop) as launch:
+            with patch.object(
+                Engine, "_launch_subprocesses", side_effect=Stop
+            ) as launch:
                 with self.assertRaises(Stop):
                     Engine(
                         model_path=folder,
@@ -251,7 +258,8 @@ class TestRefused(_Case):
         for ratio in bad:
             with self.subTest(ratio=ratio):
                 with self.assertRaisesRegex(
-                    ValueError, r"--swa-full-tokens-ratio should be a number in \(0, 1\]"
+                    ValueError,
+                    r"--swa-full-tokens-ratio should be a number in \(0, 1\]",
                 ):
                     ServerArgs(
                         model_path="/no/such/folder", swa_full_tokens_ratio=ratio

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# Triton reads it on import; servers that other tests start must not inherit it.
-with mock.patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):
+# Set for this module alone: servers that other tests start must not inherit it.
+INTERPRET = {} if CUDA else {"TRITON_INTERPRET": "1"}
+with mock.patch.dict(os.environ, INTERPRET):
     import sglang.srt.layers.gemma4_fused_ops as ops
 
     ops = importlib.reload(ops)
@@ -36,6 +37,7 @@ register_cuda_ci(est_time=60, suite="stage-b-test-1-gpu-small")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BITS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 # tokens, experts, kept
@@ -47,8 +49,8 @@ SHAPES = [
     *((1, 1000, 8), (2, 1000, 16), (1, 1024, 32)),
 ]
 LONG_SHAPES = [
-    *((1024, 128, 8, torch.bfloat16), (1024, 128, 2, torch.float32)),
-    *((2049, 128, 2, torch.bfloat16), (2049, 3, 1, torch.float32)),
+    *((1024, 128, 2, torch.bfloat16), (520, 128, 1, torch.float32)),
+    (2049, 128, 1, torch.bfloat16),
     *(
         pytest.param(T, E, K, dtype, marks=needs_gpu)
         for T, E, K in [(1024, 128, 8), (8191, 96, 5), (8191, 1000, 16)]
@@ -56,6 +58,12 @@ LONG_SHAPES = [
     ),
     *(pytest.param(250000, 128, 8, dtype, marks=needs_gpu) for dtype in DTYPES),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpret():
+    with mock.patch.dict(os.environ, INTERPRET):
+        yield
 
 
 def _oracle(logits: torch.Tensor, scale: torch.Tensor, topk: int):
@@ -172,9 +180,9 @@ def test_nan(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("E, K", [(1, 1), (5, 3), (128, 8)])
 @given(data=st.data())
-def test_arbitrary_bits(E, K, dtype, data):
+def test_arbitrary_bits(dtype, data):
+    E, K = data.draw(st.sampled_from([(5, 3), (128, 8)]))
     integer, numpy_integer = (
         (torch.int16, np.int16) if BITS[dtype] == 16 else (torch.int32, np.int32)
     )
@@ -182,7 +190,7 @@ def test_arbitrary_bits(E, K, dtype, data):
     # Few distinct patterns make ties, many make none.
     patterns = data.draw(st.lists(st.integers(low, high), min_size=1, max_size=2 * E))
     seed = data.draw(st.integers(0, 2**32 - 1))
-    picked = np.random.default_rng(seed).choice(patterns, (2, E)).astype(numpy_integer)
+    picked = np.random.default_rng(seed).choice(patterns, (1, E)).astype(numpy_integer)
     _check(torch.from_numpy(picked).view(integer).view(dtype).to(DEVICE), K)
 
 
@@ -213,9 +221,9 @@ def test_scale_dtypes(dtype, scale_dtype):
         (dict(gating_output=(2, 0)), "gating_output .*got 0"),
         (dict(gating_output=(2, 1025)), "gating_output .*got 1025"),
         (dict(gating_dtype=torch.float64), "gating_output .*float64"),
-        (dict(scale=torch.ones(7)), r"per_expert_scale .*\(7,\)"),
-        (dict(scale=torch.ones(16)[::2]), r"per_expert_scale .*\(2,\)"),
-        (dict(scale=torch.ones(8, dtype=torch.int32)), "per_expert_scale .*int32"),
+        (dict(scale=torch.ones(7, device=DEVICE)), r"per_expert_scale .*\(7,\)"),
+        (dict(scale=torch.ones(16, device=DEVICE)[::2]), r"per_expert_scale .*\(2,\)"),
+        (dict(scale=torch.ones(8, device=DEVICE).int()), "per_expert_scale .*int32"),
         (dict(scale=torch.ones(8, device="meta")), "per_expert_scale .*meta"),
         (dict(topk=0), "topk .*got 0"),
         (dict(topk=9), "topk .*got 9"),
@@ -225,8 +233,7 @@ def test_scale_dtypes(dtype, scale_dtype):
 def test_bad_arguments(change, message):
     shape = change.get("gating_output", (2, 8))
     logits = torch.zeros(shape, dtype=change.get("gating_dtype"), device=DEVICE)
-    scale = change.get("scale", torch.ones(shape[-1]))
-    scale = scale if scale.is_meta or not CUDA else scale.to(DEVICE)
+    scale = change.get("scale", torch.ones(shape[-1], device=DEVICE))
     with pytest.raises(ValueError, match=message):
         ops.gemma4_fused_routing(logits, scale, change.get("topk", 2))
 

@@ -82,7 +82,9 @@ class SequenceIds:
 class CPUScheduler(Scheduler):
     """The scheduler without its processes: a forward pass writes and checks ids."""
 
-    def __init__(self, *, page_size, window, full_size, swa_size, chunk, mixed, overlap, mtp):
+    def __init__(
+        self, *, page_size, window, full_size, swa_size, chunk, mixed, overlap, mtp
+    ):
         self.server_args = ServerArgs(
             model_path="dummy",
             device="cpu",
@@ -341,6 +343,15 @@ class CPUScheduler(Scheduler):
             reqs.append(self.chunked_req)
         return list({id(r): r for r in reqs if r.req_pool_idx is not None}.values())
 
+    def swa_held(self) -> int:
+        """SWA slots that are neither free nor evictable."""
+        allocator = self.token_to_kv_pool_allocator
+        free = allocator.swa_available_size() + self.tree_cache.swa_evictable_size()
+        return allocator.size_swa - free
+
+    def has_work(self) -> bool:
+        return bool(self.waiting_queue or self.result_queue or self.live_requests())
+
     def check_pools(self):
         allocator, page = self.token_to_kv_pool_allocator, self.page_size
         mapping = allocator.full_to_swa_index_mapping
@@ -373,9 +384,9 @@ class CPUScheduler(Scheduler):
             assert all((x > 0).all() for x in pages), f"{name}: slot 0 is held"
             free = torch.cat([sub.free_pages, sub.release_pages])
             everything = torch.cat([*pages, free])
-            assert len(torch.unique(everything)) == len(everything), (
-                f"{name}: a slot has two owners, or is free and held"
-            )
+            assert len(torch.unique(everything)) == len(
+                everything
+            ), f"{name}: a slot has two owners, or is free and held"
             assert len(everything) == size // page, f"{name}: a slot was lost"
         assert torch.unique(mapping[mapping > 0]).numel() == (mapping > 0).sum()
 
@@ -383,14 +394,14 @@ class CPUScheduler(Scheduler):
         for req in live:
             committed = req.kv_committed_len
             row = self.row(req, committed)
-            assert not free_full & set((row // page).tolist()), (
-                f"{req.rid}: a full slot it attends to is free"
-            )
+            assert not free_full & set(
+                (row // page).tolist()
+            ), f"{req.rid}: a full slot it attends to is free"
             window = mapping[row[max(0, committed - self.window) :]]
             assert (window > 0).all(), f"{req.rid}: its window is not held"
 
     def check_idle(self):
-        assert not self.live_requests() and not self.waiting_queue
+        assert not self.has_work(), "a request never finished"
         assert self.req_to_token_pool.available_size() == MAX_REQS
         self.check_pools()
         tree, allocator = self.tree_cache, self.token_to_kv_pool_allocator
@@ -500,10 +511,10 @@ class SWARadixCacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         try:
-            for _ in range(2000):
+            for _ in range(4000):
                 ran = self.scheduler.step()
                 self.scheduler.check_pools()
-                if not ran and not self.scheduler.result_queue:
+                if not ran and not self.scheduler.has_work():
                     break
             self.scheduler.check_idle()
             event(f"retracted: {self.scheduler.retracted > 0}")
@@ -521,6 +532,72 @@ def quiet():
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
+
+
+def test_revived_tombstone_keeps_full_slots_of_a_running_request():
+    """A prompt computed again may bring SWA slots back, not replace the full ones."""
+    scheduler = CPUScheduler(
+        page_size=1,
+        window=4,
+        full_size=CONTEXT_LEN,
+        swa_size=64,
+        chunk=32,
+        mixed=False,
+        overlap=False,
+        mtp=False,
+    )
+    tree, prompt = scheduler.tree_cache, [0, 1, 2] * 8
+    with envs.SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT.override(True):
+        scheduler.add_request("first.", prompt, 30)
+        scheduler.step()
+        # The window of 4 is locked, the SWA slots of the 20 tokens before it are not.
+        tree.evict(EvictParams(num_tokens=0, swa_num_tokens=20))
+        head = next(iter(tree.root_node.children.values()))
+        assert head.swa_tombstone and head.full_lock_ref == 1
+        slots = head.value.clone()
+
+        scheduler.add_request("second.", prompt[:10] + [5, 5, 5], 30)
+        scheduler.step()
+        head = next(iter(tree.root_node.children.values()))
+        assert len(head.value) == 10 and not head.swa_tombstone
+        assert torch.equal(head.value, slots[:10])
+        while scheduler.step():
+            scheduler.check_pools()
+        scheduler.check_idle()
+
+
+@pytest.mark.parametrize("mtp", [False, True], ids=["plain", "mtp"])
+@pytest.mark.parametrize("window", [3, 7, 32])
+def test_window_is_released(window, mtp):
+    """The finer interval counts tokens, also where a step of MTP accepts several."""
+    scheduler = CPUScheduler(
+        page_size=1,
+        window=window,
+        full_size=2 * CONTEXT_LEN,
+        swa_size=2 * CONTEXT_LEN,
+        chunk=64,
+        mixed=False,
+        overlap=False,
+        mtp=mtp,
+    )
+    prompt, held = [0, 1, 2] * 15, []
+    with (
+        envs.SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT.override(True),
+        envs.SGLANG_SWA_EVICTION_INTERVAL_MULTIPLIER.override(0.125),
+    ):
+        scheduler.add_request("1.", prompt, 100)
+        while scheduler.step():
+            scheduler.check_pools()
+            if (
+                scheduler.live_requests()
+                and scheduler.last_batch.forward_mode.is_decode()
+            ):
+                held.append(scheduler.swa_held())
+        scheduler.check_idle()
+    interval = max(1, window // 8)
+    # The prompt's window, the answer's, the page between, and what is not due yet.
+    bound = window + window + 1 + interval + (DRAFT_TOKENS if mtp else 0)
+    assert bound - 2 * DRAFT_TOKENS <= max(held) <= bound
 
 
 def test_swa_radix_cache_stateful():

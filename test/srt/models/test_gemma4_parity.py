@@ -16,8 +16,6 @@ from pathlib import Path
 
 import requests
 import torch
-from transformers import AutoModelForCausalLM, Gemma4ForConditionalGeneration
-
 from sglang.srt.utils import kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import (
@@ -25,9 +23,10 @@ from sglang.test.test_utils import (
     find_available_port,
     popen_launch_server,
 )
+from transformers import AutoModelForCausalLM, Gemma4ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-from checkpoint import BOS, FIRST_TEXT_TOKEN, SHAPES, write_checkpoint  # noqa: E402
+from checkpoint import BOS, FIRST_TEXT_TOKEN, SHAPES, write_checkpoint
 
 register_cpu_ci(est_time=240, suite="stage-a-test-cpu")
 
@@ -56,13 +55,17 @@ def _prompt(length: int, seed: int = 0) -> list:
 
 
 def setUpModule():
-    global FOLDERS
+    global FOLDERS, THREADS
+    # Operations of a tiny model take less time than threads take to meet.
+    THREADS = torch.get_num_threads()
+    torch.set_num_threads(1)
     FOLDERS = tempfile.mkdtemp(prefix="gemma4-parity-")
     write_checkpoint(f"{FOLDERS}/multimodal")
     write_checkpoint(f"{FOLDERS}/text", text_only=True)
 
 
 def tearDownModule():
+    torch.set_num_threads(THREADS)
     shutil.rmtree(FOLDERS)
 
 
@@ -102,6 +105,7 @@ class Parity:
             ],
             env={
                 "SGLANG_USE_CPU_ENGINE": "1",
+                "OMP_NUM_THREADS": "1",
                 # The `sglang` of the interpreter that runs the test.
                 "PATH": os.pathsep.join(
                     [os.path.dirname(sys.executable), os.environ.get("PATH", "")]

@@ -1,0 +1,136 @@
+"""Read from a server's log how full its KV pools were, minute by minute.
+
+    python benchmark/gemma4/pool_usage.py before.log after.log --plot pictures
+
+One table a log: the fullest each pool was, the most requests that ran and waited,
+the prompt tokens prefilled and the requests retracted. A server logs a line every
+--decode-log-interval steps, so a smaller interval sees more.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Dict, List, Optional
+
+TIME = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")
+NUMBERS = {
+    "full": re.compile(r"full token usage: ([\d.]+)"),
+    "swa": re.compile(r"swa token usage: ([\d.]+)"),
+    "running": re.compile(r"#running-req: (\d+)"),
+    "waiting": re.compile(r"#queue-req: (\d+)"),
+    "prefilled": re.compile(r"Prefill batch.*#new-token: (\d+)"),
+    "retracted": re.compile(r"#retracted_reqs: (\d+)"),
+}
+SUMMED = ("prefilled", "retracted")
+
+
+@dataclasses.dataclass
+class Minute:
+    """Minute `minute` after the first batch: usage is the highest, a share of the pool."""
+
+    minute: int
+    full: float = 0
+    swa: float = 0
+    running: int = 0
+    waiting: int = 0
+    prefilled: int = 0
+    retracted: int = 0
+
+
+def read_log(path: str) -> List[Minute]:
+    """Returns the minutes in which a batch was logged.
+
+    Raises:
+        ValueError: the log names no SWA pool.
+    """
+    minutes: Dict[int, Minute] = {}
+    start, has_swa = None, False
+    for line in Path(path).read_text(errors="replace").splitlines():
+        time = TIME.search(line)
+        found = {name: p.search(line) for name, p in NUMBERS.items()}
+        if not time or not any(found.values()):
+            continue
+        now = datetime.fromisoformat(time[1])
+        start = start or now
+        minute = int((now - start).total_seconds()) // 60
+        row = minutes.setdefault(minute, Minute(minute))
+        has_swa |= found["swa"] is not None
+        for name, match in found.items():
+            if match:
+                value = float(match[1])
+                if name not in ("full", "swa"):
+                    value = int(value)
+                old = getattr(row, name)
+                setattr(row, name, old + value if name in SUMMED else max(old, value))
+    if not has_swa:
+        raise ValueError(f"{path} has no line with a SWA token usage.")
+    return sorted(minutes.values(), key=lambda row: row.minute)
+
+
+def print_table(path: str, rows: List[Minute]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    total = {name: sum(getattr(row, name) for row in rows) for name in SUMMED}
+    table = Table(
+        title=f"{path}: {total['prefilled']:,} prompt tokens prefilled, "
+        f"{total['retracted']} requests retracted"
+    )
+    for field in dataclasses.fields(Minute):
+        table.add_column(field.name, justify="right")
+    for row in rows:
+        values = dataclasses.asdict(row)
+        values["full"], values["swa"] = f"{row.full:.0%}", f"{row.swa:.0%}"
+        table.add_row(*(str(value) for value in values.values()))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def to_results(logs: Dict[str, List[Minute]], name: str):
+    """The minutes of all logs as a result file."""
+    from results import Results
+
+    results = Results.start("pools", name, "KV pool usage")
+    for log, rows in logs.items():
+        for row in rows:
+            case = {"log": log, "minute": row.minute}
+            results.add(case, "full", "usage", "% of the pool", [100 * row.full])
+            results.add(case, "SWA", "usage", "% of the pool", [100 * row.swa])
+            for arm in ("running", "waiting", "retracted"):
+                count = getattr(row, arm)
+                results.add(case, arm, "requests", "requests", [count])
+            results.add(case, "prompts", "prefilled", "tokens", [row.prefilled])
+    return results
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("logs", metavar="LOG", nargs="+")
+    parser.add_argument("--plot", metavar="FOLDER", help="draw SVGs there")
+    parser.add_argument("--json", metavar="FILE", help="write a result file")
+    args = parser.parse_args(argv)
+    try:
+        logs = {Path(path).stem: read_log(path) for path in args.logs}
+    except (OSError, ValueError) as e:
+        print(f"pool_usage.py: {e}", file=sys.stderr)
+        return 2
+    for name, rows in logs.items():
+        print_table(name, rows)
+    if args.json or args.plot:
+        name = Path(args.json).stem if args.json else "pool-usage"
+        results = to_results(logs, name)
+        if args.json:
+            results.save(args.json)
+        if args.plot:
+            from plot import draw
+
+            draw(results, Path(args.plot))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The series as pull requests: `git am` in upstream's repository, tests and all."""
+
+import shutil
+
+from test_series import tracked
+
+TEST = "test/srt/a test é.py"
+
+
+def test_upstream_takes_the_series_with_its_files(repository, tmp_path):
+    (repository.root / "test/srt").mkdir(parents=True)
+    (repository.root / TEST).write_bytes(b"def test(): pass\r\n")
+    script = repository.root / "benchmark.sh"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    trailer = "Adds: benchmark.sh"
+    repository.commit("srt/new.py", "1\n", f"[Gemma4] Add new\n\nWhy.\n\n{trailer}")
+    repository.git("mv", "srt/crlf.py", "srt/moved.py")
+    trailers = f"Signed-off-by: Someone <s@e.com>\nAdds: {TEST}\nAdds: benchmark.sh"
+    repository.commit("srt/new.py", "2\n", f"Change new\n\nWhy.\n\n{trailers}")
+    repository.fork("export")
+
+    names = repository.fork("upstream").splitlines()
+    assert names == [
+        "dist/upstream/0001-Gemma4-Add-new.patch",
+        "dist/upstream/0002-Change-new.patch",
+    ]
+    written = repository.contents(repository.root / "dist")
+    repository.fork("upstream")
+    assert repository.contents(repository.root / "dist") == written
+
+    plain = tmp_path / "upstream"
+    shutil.copytree(repository.tree, plain / "python/sglang")
+    shutil.rmtree(plain / "python/sglang/.git")
+    # The tree is at the end of the series; upstream's is at the base.
+    repository.git("checkout", "--quiet", "refs/fork/base")
+    for name in ("srt/new.py", "srt/moved.py"):
+        (plain / "python/sglang" / name).unlink()
+    shutil.copy(repository.tree / "srt/crlf.py", plain / "python/sglang/srt/crlf.py")
+    repository.git("checkout", "--quiet", "fork")
+    repository.git("init", "--quiet", cwd=plain)
+    repository.git("config", "core.autocrlf", "false", cwd=plain)
+    repository.git("add", "--all", cwd=plain)
+    repository.git("commit", "--quiet", "--message=Upstream", cwd=plain)
+
+    first, second = (repository.root / name for name in names)
+    repository.git("am", "--quiet", first, cwd=plain)
+    # What two patches name comes with the first.
+    assert (plain / "benchmark.sh").stat().st_mode & 0o100
+    assert not (plain / TEST).exists()
+    repository.git("am", "--quiet", second, cwd=plain)
+    assert (plain / TEST).read_bytes() == b"def test(): pass\r\n"
+    upstream = repository.contents(plain / "python/sglang")
+    upstream.pop("_version.py")
+    assert upstream == tracked(repository)
+    message = repository.git("log", "-1", "--format=%B", cwd=plain)
+    assert message.strip() == "Change new\n\nWhy.\n\nSigned-off-by: Someone <s@e.com>"
+
+
+def test_what_is_no_longer_in_the_series_is_removed(repository):
+    repository.commit("srt/new.py", "1\n", "Add new")
+    repository.fork("export")
+    repository.fork("upstream")
+    note = repository.root / "dist/upstream/note.txt"
+    note.write_text("mine\n")
+    repository.git("reset", "--quiet", "--hard", "HEAD~1")
+    repository.fork("export")
+    assert repository.fork("upstream") == ""
+    assert [path.name for path in note.parent.iterdir()] == ["note.txt"]

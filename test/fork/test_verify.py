@@ -1,0 +1,171 @@
+"""Verify fails on what is wrong, with a sentence that says what to do."""
+
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def whole(checked_out, tmp_path_factory):
+    """A fork with a series of three that is as it should be; not to be changed."""
+    root = tmp_path_factory.mktemp("whole")
+    repository = checked_out.copy(root / "a fork é")
+    # An environment without PyTorch, which would take most of the time.
+    for name in ("torch", "triton", "transformers"):
+        (root / f"{name}.py").write_text("raise ImportError\n")
+    repository.env = {**repository.env, "PYTHONPATH": str(root)}
+    for number in (1, 2, 3):
+        text = f"from sglang.srt.model import layers\nnumber = {number}\n"
+        trailer = "\n\nAdds: test/srt/test_two.py" if number == 2 else ""
+        repository.commit("srt/new.py", text, f"[Gemma4] Count to {number}{trailer}")
+    (repository.root / "test/srt").mkdir(parents=True)
+    (repository.root / "test/srt/test_two.py").write_text("def test_two(): pass\n")
+    repository.fork("export")
+    return repository
+
+
+@pytest.fixture
+def repository(whole, tmp_path):
+    return whole.copy(tmp_path / "a fork é")
+
+
+def patch(repository, number: int):
+    return next(repository.patches.glob(f"000{number}-*.patch"))
+
+
+def test_a_series_as_it_should_be(repository):
+    before = repository.contents(repository.root)
+    said = repository.fork("verify").splitlines()
+    assert said[0] == "The series of 3 applies to sglang==1.0 with git am."
+    assert said[-1] == "3/3: 1 modules import."
+    assert repository.contents(repository.root) == before
+    shutil.rmtree(repository.tree)
+    repository.fork("verify")
+
+
+def test_a_line_changed_by_hand(repository):
+    """It applies still, so only its blob's id tells; checked out or not."""
+    path = patch(repository, 2)
+    path.write_text(path.read_text().replace("+number = 2\n", "+number = 22\n"))
+    third = patch(repository, 3)
+    third.write_text(third.read_text().replace("-number = 2\n", "-number = 22\n"))
+    refusal = repository.refusal("verify")
+    assert path.name in refusal and "`make fork` and `make patches`" in refusal
+    repository.fork("checkout")
+    assert path.name in repository.refusal("verify")
+    repository.fork("export")
+    repository.fork("verify")
+
+
+def test_a_line_changed_so_that_it_does_not_apply(repository):
+    path = patch(repository, 2)
+    path.write_text(path.read_text().replace("-number = 1\n", "-number = one\n"))
+    refusal = repository.refusal("verify")
+    assert f"{path.name} does not apply: python/sglang/srt/new.py, the hunk" in refusal
+    assert "`make fork` stops at it" in refusal
+
+
+def test_a_message_changed_by_hand(repository):
+    path = patch(repository, 3)
+    path.write_text(path.read_text().replace("Count to", "Count  to"))
+    assert path.name in repository.refusal("verify")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_patch_missing_before_another(repository, number):
+    patch(repository, number).unlink()
+    refusal = repository.refusal("verify")
+    assert f"has no patch 000{number}, only 000{number + 1}-" in refusal
+    assert "bring it back" in refusal
+
+
+def test_the_last_patch_missing(repository):
+    name = patch(repository, 3).name
+    patch(repository, 3).unlink()
+    refusal = repository.refusal("verify")
+    assert f"{name} is not what python/sglang holds" in refusal
+    assert "git checkout -- patches" in refusal
+
+
+def test_a_file_not_exported(repository):
+    repository.write("srt/forgotten.py", "x = 1\n")
+    refusal = repository.refusal("verify")
+    assert "1 uncommitted file (srt/forgotten.py)" in refusal
+    assert "`git -C python/sglang commit` and `make patches`" in refusal
+    repository.git("add", "--all")
+    repository.git("commit", "--quiet", "--message=Add what was forgotten")
+    assert "commits. To keep it: `make patches`." in repository.refusal("verify")
+    repository.fork("export")
+    repository.fork("verify")
+
+
+def test_a_commit_dropped_and_not_exported(repository):
+    repository.git("reset", "--quiet", "--hard", "HEAD~1")
+    assert "To keep it: `make patches`." in repository.refusal("verify")
+
+
+def test_an_added_file_that_is_missing(repository):
+    (repository.root / "test/srt/test_two.py").unlink()
+    refusal = repository.refusal("verify")
+    assert '"[Gemma4] Count to 2" says "Adds: test/srt/test_two.py"' in refusal
+
+
+@pytest.mark.parametrize(
+    ("trailer", "reason"),
+    [
+        ("Adds: ../outside.py", "no such file"),
+        ("Adds: /etc/hosts", "no such file"),
+        ("Adds: test/srt", "no such file"),
+        ("Adds: python/sglang/srt/model.py", "by the patch itself"),
+        (
+            "Adds: test/srt/test_two.py\n\nNot the last paragraph.",
+            "outside the trailers",
+        ),
+    ],
+)
+def test_an_adds_trailer_that_cannot_be(repository, trailer, reason):
+    (repository.root.parent / "outside.py").write_text("")
+    repository.git(
+        "commit", "--quiet", "--amend", f"--message=Count\n\nWhy.\n\n{trailer}"
+    )
+    repository.fork("export")
+    assert reason in repository.refusal("verify")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("def (:\n", "does not compile"),
+        ("import sglang.srt.missing\n", "No module named 'sglang.srt.missing'"),
+        ("raise SystemExit(3)\n", "SystemExit: 3"),
+        ("import os\nos.abort()\n", "the interpreter died"),
+    ],
+)
+def test_a_prefix_that_is_broken_though_the_series_is_not(repository, text, reason):
+    good = (repository.tree / "srt/new.py").read_text()
+    repository.commit("srt/new.py", text, "Break it")
+    repository.commit("srt/new.py", good, "Mend it")
+    repository.fork("export")
+    refusal = repository.refusal("verify")
+    assert 'With the first 4 patches, up to "Break it"' in refusal and reason in refusal
+
+
+def test_two_prefixes_of_one_size_in_one_second(repository):
+    """A byte-compiled file that is taken for fresh would hide the second."""
+    repository.commit("srt/new.py", "import os  #\n", "Import os")
+    repository.commit("srt/new.py", "import no_os\n", "Import what is not there")
+    assert len("import os  #") == len("import no_os")
+    repository.fork("export")
+    assert "No module named 'no_os'" in repository.refusal("verify")
+
+
+def test_a_module_that_fails_in_the_base_too_is_compiled_only(repository):
+    """One that needs a GPU, say, where there is none."""
+    repository.commit("srt/gpu.py", "import no_such_gpu  # or this\n", "Say so")
+    repository.fork("export")
+    said = repository.fork("verify")
+    assert "Only byte-compiled, as the base fails here too: sglang.srt.gpu" in said
+    assert said.endswith("4/4: 1 modules import.\n")
+    repository.commit("srt/gpu.py", "def (:\n", "Break it")
+    repository.fork("export")
+    assert "srt/gpu.py does not compile" in repository.refusal("verify")
