@@ -247,9 +247,13 @@ def table(results: Results, metric: str, **case) -> str:
     lines = [head, ["---"] + ["---:"] * len(arms)]
     for row, cells in rows.items():
         medians = (cells[arm].median if arm in cells else None for arm in arms)
-        shown = ["" if median is None else f"{median:,.4g}" for median in medians]
+        shown = ["" if median is None else _figure(median) for median in medians]
         lines.append([", ".join(map(str, row)), *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def tables(results: Results) -> List[str]:

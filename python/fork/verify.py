@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from fork import base, series
@@ -83,31 +84,39 @@ def _check_bytes(project: Project, git: Git, prefix: str, tree: str = "") -> Non
 
 
 def _check_prefixes(git: Git) -> None:
-    """Byte-compiles and imports, after each patch, the modules touched so far."""
+    """Byte-compiles and imports, after each patch, the modules touched so far.
+
+    A module of the base may fail, as one that needs a GPU does where there is none,
+    for as long as it has not been imported once.
+    """
     commits = git.lines("rev-list", "--reverse", f"{BASE}..HEAD")
-    touched = _touched(git, f"{BASE}..HEAD")
-    root = git.folder / PREFIX
+    files = _touched(git, f"{BASE}..HEAD")
     git("checkout", "--quiet", "--detach", BASE)
-    with Importer(root.parent) as importer:
-        present = [path for path in touched if (git.folder / path).exists()]
-        unable = importer.errors(_modules(present))
-        for module, error in unable.items():
-            say(f"Only byte-compiled, as the base fails here too: {module} ({error}).")
-        seen: set[str] = set()
+    with Importer((git.folder / PREFIX).parent) as importer:
+        unable = importer.errors(_modules(git, files))
+        touched: set[str] = set()
         for number, commit in enumerate(commits, 1):
             git("checkout", "--quiet", "--detach", commit)
-            new = _touched(git, f"{commit}~..{commit}")
-            seen = {p for p in {*seen, *new} if (git.folder / p).exists()}
             where = f'With the first {number} patches, up to "{_subject(git, commit)}",'
+            new = _touched(git, f"{commit}~..{commit}")
             for path in new:
-                if path in seen:
+                if (git.folder / path).exists():
                     _compile(git.folder / path, f"{where} {path}")
-            modules = [m for m in _modules(sorted(seen)) if m not in unable]
-            for module, error in importer.errors(modules).items():
-                raise ForkError(
-                    f"{where} {module} cannot be imported ({error}): mend that patch."
-                )
-            say(f"{number}/{len(commits)}: {len(modules)} modules import.")
+            touched.update(new)
+            modules = _modules(git, touched)
+            errors = importer.errors(modules)
+            for module in modules:
+                if module not in errors:
+                    unable.pop(module, None)
+                elif module not in unable:
+                    raise ForkError(
+                        f"{where} {module} cannot be imported ({errors[module]}): "
+                        "mend that patch."
+                    )
+            imported = len(modules) - len(errors)
+            say(f"{number}/{len(commits)}: {imported} modules import.")
+    for module, error in unable.items():
+        say(f"Only byte-compiled, as the base fails here too: {module} ({error}).")
 
 
 def _touched(git: Git, commits: str) -> list[str]:
@@ -115,13 +124,13 @@ def _touched(git: Git, commits: str) -> list[str]:
     return sorted({name for name in names if name.endswith(".py")})
 
 
-def _modules(paths: list[str]) -> list[str]:
-    """The modules of those files that can be imported by name."""
+def _modules(git: Git, paths: Iterable[str]) -> list[str]:
+    """The modules of those files that are there and can be imported by name."""
     names = []
-    for path in paths:
+    for path in sorted(paths):
         parts = Path(path).relative_to(Path(PREFIX).parent).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
-        if all(part.isidentifier() for part in parts):
+        if (git.folder / path).exists() and all(map(str.isidentifier, parts)):
             names.append(".".join(parts))
     return names
 

@@ -151,7 +151,6 @@ def test_a_checkout_that_is_cut_off_anywhere_is_done_again(
         one.fork("checkout")
         assert tracked(one) == tracked(other)
         assert one.git("status", "--porcelain") == ""
-        assert one.fork("export") == ""
         shutil.rmtree(one.root)
     assert number > 10
 

@@ -38,7 +38,7 @@ register_cuda_ci(est_time=60, suite="stage-b-test-1-gpu-small")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BITS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+needs_gpu = pytest.mark.gpu
 
 # tokens, experts, kept
 SHAPES = [

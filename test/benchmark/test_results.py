@@ -1,0 +1,99 @@
+"""The results' schema, and that every table in README and docs is what its JSON says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmark" / "gemma4"))
+
+import plot  # noqa: E402
+import results  # noqa: E402
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.fixture
+def measured():
+    found = results.Results.start("kernels", "some", "Some kernel", experts=128)
+    for tokens, samples in ((1, [2.0, 1.0, 3.0]), (8192, [1234.5, 1234.5, 1234.5])):
+        case = {"tokens": tokens, "dtype": "bfloat16"}
+        found.add(case, "torch", "time", "us", samples)
+        found.add(case, "fork", "time", "us", [s / 2 for s in samples])
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_what_the_results_say(path):
+    text = path.read_text()
+    assert results.fill_in(text) == text, f"run results.py on {path.name}"
+    assert text.count("<!-- table ") == text.count("<!-- end of table -->")
+
+
+@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=str)
+def test_every_result_loads_and_is_shown(path):
+    found = results.load(path)
+    assert found.name == path.stem
+    assert any(f"<!-- table {found.name} " in d.read_text() for d in DOCUMENTS)
+
+
+def test_a_changed_figure_is_noticed(tmp_path, measured, capsys, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results.fill_in, "__defaults__", (tmp_path,))
+    measured.save()
+    document = tmp_path / "page.md"
+    document.write_text(
+        "<!-- table some metric=time dtype=bfloat16 -->\n<!-- end of table -->\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["results.py", str(document)])
+    results.main()
+    assert "| 1 | 2 | 1 |" in document.read_text()
+    assert "| 8192 | 1,234 | 617.2 |" in document.read_text()
+    monkeypatch.setattr(sys, "argv", ["results.py", "--check", str(document)])
+    results.main()
+    document.write_text(document.read_text().replace("617.2", "61.72"))
+    with pytest.raises(SystemExit):
+        results.main()
+    assert "tables differ from results/" in capsys.readouterr().err
+
+
+def test_saved_and_loaded_are_equal(tmp_path, measured):
+    assert results.load(measured.save(tmp_path / "some.json")) == measured
+
+
+def test_median_and_spread(measured):
+    record = measured.get({"tokens": 1, "dtype": "bfloat16"}, "torch", "time")
+    assert record.median == 2.0
+    assert record.spread == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "is not JSON"),
+        ("[]", "must have schema 1"),
+        ('{"schema": 2}', "must have schema 1, got 2"),
+        ('{"schema": 1}', "is not a result of schema 1"),
+    ],
+)
+def test_what_is_no_result_is_refused(tmp_path, content, words):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        results.load(path)
+
+
+def test_a_record_is_added_once(measured):
+    case = {"tokens": 1, "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="recorded already"):
+        measured.add(case, "fork", "time", "us", [1.0])
+
+
+def test_the_plot_is_an_svg(tmp_path, measured, monkeypatch):
+    path = measured.save(tmp_path / "some.json")
+    arguments = ["plot.py", str(path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    plot.main()
+    (picture,) = tmp_path.glob("*.svg")
+    assert "<svg" in picture.read_text()[:1000]
