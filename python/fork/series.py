@@ -88,6 +88,7 @@ def scratch(git: Git, commit: str) -> Iterator[Git]:
     with tempfile.TemporaryDirectory(prefix="sglang-series-") as folder:
         worktree = Git(Path(folder) / "tree")
         args = ["--quiet", "--detach", "--no-checkout"]
+        git("worktree", "prune")  # those of runs that were killed
         git("worktree", "add", *args, worktree.folder, commit)
         try:
             worktree("read-tree", "HEAD")
