@@ -29,7 +29,7 @@ serve: fork ## Serve Gemma 4 on 127.0.0.1 (PORT=30000; MODEL=a checkpoint, else 
 demo: fork ## Serve, ask one question, stream the answer, stop
 	@$(FORK) demo --port "$(PORT)" --model "$(MODEL)"
 
-test: lint verify ## Run every test (FILES= names some)
+test: verify lint ## Run every test (FILES= names some)
 	@"$(VENV)/python" -m pytest $(or $(FILES),test)
 
 lint: fork ## Check the style of our files and of the lines our patches add
@@ -38,7 +38,7 @@ lint: fork ## Check the style of our files and of the lines our patches add
 patches: env ## Export the commits of python/sglang to patches/
 	@$(FORK) export
 
-verify: fork ## Prove that patches/ is exactly what python/sglang holds, and applies
+verify: env ## Prove that patches/ is exactly what python/sglang holds, and applies
 	@$(FORK) verify
 
 upstream: env ## Write dist/upstream/: each patch with its tests, for git am upstream

@@ -19,6 +19,7 @@ from fork.process import say
 from fork.project import Project
 
 HOST = "127.0.0.1"
+LAST_PORT = 55535  # SGLang takes the port 10000 above, too
 QUESTION = "Why is the sky blue?"
 START_SECONDS = 900  # of a real checkpoint, with its kernels built for the first time
 # The tiny model's context many times over; without it the pool takes most of the RAM.
@@ -62,6 +63,8 @@ def demo(project: Project, port: int, model: str) -> None:
 
 
 def _prepare(project: Project, port: int, model: str) -> tuple[list[str], dict]:
+    if not 1 <= port <= LAST_PORT:
+        raise ForkError(f"PORT={port} is none that SGLang takes: 1 to {LAST_PORT}.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

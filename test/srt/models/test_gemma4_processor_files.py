@@ -36,7 +36,11 @@ class TestGemma4ProcessorFiles(CustomTestCase):
         self.assertEqual(type(processor).__name__, "Gemma4Processor")
 
     def test_missing_file(self):
-        for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        for name in (
+            "processor_config.json",
+            "tokenizer_config.json",
+            "tokenizer.json",
+        ):
             with self.subTest(name=name):
                 folder = self.folder.parent / f"without-{name}"
                 shutil.copytree(self.folder, folder)
