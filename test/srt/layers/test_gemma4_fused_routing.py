@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -26,6 +27,11 @@ with mock.patch.dict(os.environ, INTERPRET):
     import sglang.srt.layers.gemma4_fused_ops as ops
 
     ops = importlib.reload(ops)
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
+
+from checkpoint import SHAPES as SHAPES_OF_CHECKPOINTS  # noqa: E402
+from checkpoint import write_checkpoint  # noqa: E402
 
 from sglang.test.ci.ci_register import (  # noqa: E402
     register_cpu_ci,
@@ -303,9 +309,9 @@ def test_compiles_once_a_shape_class():
     assert sum(len(cache[0]) for cache in kernel.device_caches.values()) == 3
 
 
-def _moe_outputs(port: int) -> dict:
-    """One MoE layer, routed by the kernel and by torch, on the CPU engine."""
-    from transformers import Gemma4TextConfig
+def _moe_outputs(folder: str, port: int) -> list:
+    """Each MoE layer of a checkpoint, routed by the kernel and by torch, on the CPU."""
+    from safetensors.torch import load_file
 
     from sglang.srt.distributed import (
         init_distributed_environment,
@@ -317,6 +323,7 @@ def _moe_outputs(port: int) -> dict:
         ServerArgs,
         set_global_server_args_for_scheduler,
     )
+    from sglang.srt.utils.hf_transformers_utils import get_config
 
     server_args = ServerArgs(model_path="dummy", device="cpu")
     set_global_server_args_for_scheduler(server_args)
@@ -330,37 +337,36 @@ def _moe_outputs(port: int) -> dict:
     initialize_model_parallel()
     initialize_moe_config(server_args)
 
+    config = get_config(folder, trust_remote_code=False)
+    model = gemma4_causal.Gemma4ForCausalLM(config)
+    weights = load_file(os.path.join(folder, "model.safetensors"))
+    model.load_weights(weights.items())
+
     torch.manual_seed(0)
-    config = Gemma4TextConfig(
-        hidden_size=32,
-        num_experts=16,
-        top_k_experts=4,
-        moe_intermediate_size=16,
-        enable_moe_block=True,
-    )
-    moe = gemma4_causal.Gemma4MoE(config.hidden_size, 0, config)
-    for parameter in moe.parameters():
-        parameter.data.normal_(std=0.5)
-    moe.experts.quant_method.process_weights_after_loading(moe.experts)
-    hidden_states, router_logits = torch.randn(37, 32), torch.randn(37, 16)
-
-    outputs = {}
-    fused = mock.Mock(wraps=gemma4_causal.gemma4_fused_routing)
-    for name, fuse in [("fused", True), ("torch", False)]:
-        # The interpreter stands in for the GPU that these logits are not on.
-        with mock.patch.multiple(
-            gemma4_causal,
-            can_fuse_gemma4_routing=lambda logits, topk: fuse,
-            gemma4_fused_routing=fused,
-        ), torch.no_grad():
-            topk_weights, topk_ids, _ = moe.topk(hidden_states, router_logits)
-            output = moe(hidden_states, router_logits)
-        outputs[name] = [t.numpy() for t in (topk_weights, topk_ids, output)]
-    outputs["calls"] = fused.call_count
-    return outputs
+    layers = []
+    for layer in model.model.layers:
+        outputs = {}
+        hidden_states = torch.randn(37, config.hidden_size)
+        fused = mock.Mock(wraps=gemma4_causal.gemma4_fused_routing)
+        for name, fuse in [("fused", True), ("torch", False)]:
+            # The interpreter stands in for the GPU that these logits are not on.
+            with mock.patch.multiple(
+                gemma4_causal,
+                can_fuse_gemma4_routing=lambda logits, topk: fuse,
+                gemma4_fused_routing=fused,
+            ), torch.no_grad():
+                router_logits = layer.router(hidden_states)
+                topk_weights, topk_ids, _ = layer.moe.topk(hidden_states, router_logits)
+                output = layer.moe(hidden_states, router_logits)
+            outputs[name] = [t.numpy() for t in (topk_weights, topk_ids, output)]
+        outputs["calls"] = fused.call_count
+        layers.append(outputs)
+    return layers
 
 
-def test_moe_layer_as_with_torch():
+def test_moe_layers_as_with_torch(tmp_path):
+    folder = tmp_path / "tiny"
+    write_checkpoint(folder, "tiny", text_only=True, dtype="float32")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -369,13 +375,17 @@ def test_moe_layer_as_with_torch():
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(
         1, mp_context=spawn
     ) as pool:
-        outputs = pool.submit(_moe_outputs, port).result()
+        layers = pool.submit(_moe_outputs, str(folder), port).result()
 
-    assert outputs["calls"] == 2
-    (weights, ids, output), expected = outputs["fused"], outputs["torch"]
-    np.testing.assert_array_equal(ids, expected[1])
-    np.testing.assert_allclose(weights, expected[0], rtol=2e-6)
-    np.testing.assert_allclose(output, expected[2], rtol=1e-5, atol=1e-5)
+    assert len(layers) == SHAPES_OF_CHECKPOINTS["tiny"].text["num_hidden_layers"]
+    for outputs in layers:
+        assert outputs["calls"] == 2
+        (weights, ids, output), expected = outputs["fused"], outputs["torch"]
+        np.testing.assert_array_equal(ids, expected[1])
+        np.testing.assert_allclose(weights, expected[0], rtol=2e-6)
+        scale = np.abs(expected[2]).max()
+        assert scale > 0
+        np.testing.assert_allclose(output, expected[2], rtol=1e-5, atol=1e-6 * scale)
 
 
 if __name__ == "__main__":
