@@ -12,7 +12,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 PORT ?= 30000
 MODEL ?=
 VENV := $(CURDIR)/.venv/bin
-FORK := cd python && "$(VENV)/python" -m fork
+FORK := "$(VENV)/python" -m fork
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12

@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
-STAMP = VENV / "fork.stamp"
+MARK = VENV / "fork.python"  # the Python of an environment that is ours, and whole
+STAMP = VENV / "fork.stamp"  # what was installed into it to the end
 PYPROJECT = ROOT / "python" / "pyproject.toml"
 PYTHONS = ((3, 10), (3, 13))  # the oldest and the newest CPython with a base wheel
 INSTALLED_GB = 11
@@ -66,6 +67,21 @@ def check_space() -> None:
         )
 
 
+def make_venv() -> None:
+    """Makes .venv for this Python, anew if what is there is another's or was cut off."""
+    if MARK.exists() and MARK.read_text() == sys.version:
+        return
+    ours = MARK.parent / "fork.partial"
+    if VENV.exists() and not (MARK.exists() or ours.exists()):
+        fail(f"{VENV} is none that make made; move it away and run again.")
+    shutil.rmtree(VENV, ignore_errors=True)
+    VENV.mkdir()
+    ours.touch()
+    venv.create(VENV, with_pip=True, symlinks=True)
+    MARK.write_text(sys.version)
+    ours.unlink()
+
+
 def main() -> None:
     check_host()
     want = wanted()
@@ -74,11 +90,10 @@ def main() -> None:
 
     check_space()
     print("Installing the fork and its dependencies into .venv (about 10 GB, once).")
-    python = VENV / "bin" / "python"
-    if STAMP.exists() or not python.exists():
-        venv.create(VENV, clear=not STAMP.exists(), with_pip=True)
     STAMP.unlink(missing_ok=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
+    make_venv()
+    python = str(VENV / "bin" / "python")
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
     for command in (
         # Dependency groups need pip 25.1.
         [*pip, "--quiet", "--upgrade", "pip>=25.1"],
@@ -97,3 +112,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted; run the same command again, it goes on where it stopped.")
+    except (OSError, subprocess.CalledProcessError) as error:
+        fail(f"{VENV} could not be made: {error}; mend that and run again.")

@@ -56,9 +56,11 @@ def _lint_added(git: Git) -> list[str]:
             continue
         lines = [f"--line-ranges={first}-{last}" for first, last in spans]
         findings += _findings([*BLACK, *lines, name], git.folder)
-        done = run(
-            [sys.executable, "-m", *RUFF, "--output-format=json", name], cwd=git.folder
-        )
+        command = [sys.executable, "-m", *RUFF, "--output-format=json", name]
+        done = run(command, cwd=git.folder)
+        if done.returncode not in (0, 1):  # it did not run
+            findings.append(done.stderr.strip())
+            continue
         for found in json.loads(done.stdout):
             row = found["location"]["row"]
             if any(first <= row <= last for first, last in spans):

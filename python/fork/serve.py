@@ -44,17 +44,21 @@ def demo(project: Project, port: int, model: str) -> None:
         ForkError: As in serve; or the server died, or no token came back.
     """
     command, env = _prepare(project, port, model)
-    log = project.cache / "demo.log"
-    with open(log, "w") as output:
-        server = subprocess.Popen(
-            command, env=env, stdout=output, stderr=output, start_new_session=True
-        )
+    log = project.cache / f"demo-{port}.log"
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: sys.exit(1))  # stops the server on its way
+    server = None
     try:
+        with open(log, "w") as output:
+            server = subprocess.Popen(
+                command, env=env, stdout=output, stderr=output, start_new_session=True
+            )
         _wait(server, port, log)
-        print(f"> {QUESTION}")
-        tokens = _ask(port)
+        print(f"> {QUESTION}", flush=True)
+        tokens = _ask(port, log)
     finally:
-        _stop(server)
+        if server:
+            _stop(server)
     if not tokens:
         raise ForkError(f"The server answered without a token: see {log}.")
     say(f"{tokens} tokens came back.")
@@ -74,11 +78,15 @@ def _prepare(project: Project, port: int, model: str) -> tuple[list[str], dict]:
                 f"Port {port} of {HOST} is in use: stop what listens there, or name "
                 "another with PORT=."
             ) from None
-    folder = Path(model) if model else _tiny(project)
-    if model.startswith((".", "/", "~")) and not folder.expanduser().is_dir():
+    folder = Path(model).expanduser() if model else _tiny(project)
+    if folder.is_dir():
+        path = str(folder.resolve())
+    elif model.startswith((".", "/", "~")):
         raise ForkError(f"MODEL={model} is no folder: give a checkpoint's.")
+    else:
+        path = model  # a hub's name
     command = [sys.executable, "-m", "sglang.launch_server", "--host", HOST]
-    command += ["--port", str(port), "--model-path", model or str(folder)]
+    command += ["--port", str(port), "--model-path", path]
     env = dict(os.environ)
     if not model:
         command += ["--max-total-tokens", str(TINY_POOL_TOKENS)]
@@ -94,7 +102,7 @@ def _tiny(project: Project) -> Path:
     if not folder.is_dir():
         factory = project.root / "benchmark" / "gemma4" / "checkpoint.py"
         command = [sys.executable, str(factory), str(folder), "--shape", "tiny"]
-        if subprocess.run(command).returncode:
+        if subprocess.run(command, stdout=sys.stderr).returncode:
             raise ForkError("The tiny checkpoint was not written; it says why above.")
     return folder
 
@@ -107,13 +115,15 @@ def _has_gpu() -> bool:
 
 
 def _wait(server: subprocess.Popen, port: int, log: Path) -> None:
+    # Nobody's proxy stands between this machine and itself.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     start = time.monotonic()
     while (waited := time.monotonic() - start) < START_SECONDS:
         if server.poll() is not None:
             tail = "".join(log.read_text(errors="replace").splitlines(True)[-10:])
             raise ForkError(f"The server died while starting; {log} ends:\n{tail}")
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=10)
+            opener.open(f"http://{HOST}:{port}/health", timeout=10)
             say(f"\rThe server is up after {waited:.0f} s.        ")
             return
         print(f"\rStarting the server, {waited:3.0f} s …", end="", file=sys.stderr)
@@ -121,32 +131,41 @@ def _wait(server: subprocess.Popen, port: int, log: Path) -> None:
     raise ForkError(f"The server was not up after {START_SECONDS} s: see {log}.")
 
 
-def _ask(port: int) -> int:
+def _ask(port: int, log: Path) -> int:
     """Prints the answer as it comes, and returns the number of its tokens."""
-    from openai import OpenAI
+    import httpx
+    from openai import OpenAI, OpenAIError
 
-    client = OpenAI(base_url=f"http://{HOST}:{port}/v1", api_key="none")
-    stream = client.chat.completions.create(
-        model="default",
-        messages=[{"role": "user", "content": QUESTION}],
-        max_tokens=64,
-        stream=True,
-        stream_options={"include_usage": True},
+    client = OpenAI(
+        base_url=f"http://{HOST}:{port}/v1",
+        api_key="none",
+        http_client=httpx.Client(trust_env=False, timeout=600),
     )
     tokens = 0
-    for chunk in stream:
-        for choice in chunk.choices:
-            print(choice.delta.content or "", end="", flush=True)
-        if chunk.usage:
-            tokens = chunk.usage.completion_tokens
+    try:
+        for chunk in client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": QUESTION}],
+            max_tokens=64,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            for choice in chunk.choices:
+                print(choice.delta.content or "", end="", flush=True)
+            if chunk.usage:
+                tokens = chunk.usage.completion_tokens
+    except (OpenAIError, httpx.HTTPError) as error:
+        raise ForkError(f"The server did not answer: {error} (see {log}).") from None
     print()
     return tokens
 
 
 def _stop(server: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(server.pid, signal.SIGTERM)
             server.wait(10)
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

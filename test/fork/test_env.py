@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def host(tmp_path, monkeypatch):
     (root / "python" / "pyproject.toml").write_text(PYPROJECT)
     monkeypatch.setattr(env, "ROOT", root)
     monkeypatch.setattr(env, "VENV", root / ".venv")
+    monkeypatch.setattr(env, "MARK", root / ".venv" / "fork.python")
     monkeypatch.setattr(env, "STAMP", root / ".venv" / "fork.stamp")
     monkeypatch.setattr(env, "PYPROJECT", root / "python" / "pyproject.toml")
     return root
@@ -78,6 +80,38 @@ def test_an_interrupted_installation_is_gone_on_with(host, monkeypatch):
     mark.touch()
     assert "run the same command again" in failure()
     assert mark.exists() and (env.VENV / "bin" / "python").exists()
+
+
+def test_an_environment_that_was_cut_off_is_made_anew(host, monkeypatch):
+    """Without pip in it, say, since the cut came while pip was put there."""
+    with monkeypatch.context() as cut:
+        cut.setattr(venv.EnvBuilder, "_setup_pip", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            env.make_venv()
+    assert (env.VENV / "bin" / "python").exists()
+    env.make_venv()
+    pip = [env.VENV / "bin" / "python", "-m", "pip", "--version"]
+    assert subprocess.run(pip, capture_output=True).returncode == 0
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_another_pythons_environment_is_made_anew(host):
+    env.VENV.mkdir()
+    env.MARK.write_text("3.9.0 of another day")
+    (env.VENV / "old").touch()
+    env.make_venv()
+    assert env.MARK.read_text() == sys.version
+    assert not (env.VENV / "old").exists()
+
+
+def test_somebody_elses_environment_is_left_alone(host):
+    env.VENV.mkdir()
+    (env.VENV / "work").touch()
+    assert f"{env.VENV} is none that make made; move it away" in failure()
+    assert (env.VENV / "work").exists()
 
 
 @pytest.mark.parametrize("target", ["serve", "demo", "test", "verify"])

@@ -1,21 +1,44 @@
 """`make serve` and `make demo`: the real server, and what stops it before it starts."""
 
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-PYTHON = Path(__file__).resolve().parents[2] / "python"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def fork(*args: str) -> subprocess.CompletedProcess:
+def start(*args: str, mark: str = "", cwd: Path = ROOT) -> subprocess.Popen:
     command = [sys.executable, "-m", "fork", *args]
-    return subprocess.run(
-        command, cwd=PYTHON, capture_output=True, text=True, timeout=600
+    env = {**os.environ, "FORK_TEST_MARK": mark}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True
     )
+
+
+def fork(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    running = start(*args, **kwargs)
+    out, err = running.communicate(timeout=600)
+    return subprocess.CompletedProcess(args, running.returncode, out, err)
+
+
+def marked(mark: str) -> list[Path]:
+    """The processes that inherited this mark, however they were started."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"FORK_TEST_MARK={mark}".encode() in (process / "environ").read_bytes():
+                found.append(process)
+        except OSError:
+            pass  # it ended meanwhile, or is another user's
+    return found
 
 
 def is_free(port: str | int) -> bool:
@@ -28,13 +51,35 @@ def port() -> str:
     return str(next(port for port in range(23000, 24000) if is_free(port)))
 
 
-def test_demo_answers_and_leaves_nothing_behind(port):
-    done = fork("demo", "--port", port)
+def test_demo_answers_and_leaves_nothing_behind(port, tmp_path):
+    done = fork("demo", "--port", port, mark=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\n64 tokens came back\.", done.stderr), done.stderr
+    assert re.search(r"\n[1-9]\d* tokens came back\.", done.stderr), done.stderr
     question, answer = done.stdout.split("\n", 1)
     assert question == "> Why is the sky blue?" and answer.strip()
-    assert is_free(port)
+    assert is_free(port) and not marked(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["demo", "serve"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_too(port, tmp_path, command, signum):
+    running = start(command, "--port", port, mark=str(tmp_path))
+    deadline = time.monotonic() + 120
+    while len(marked(str(tmp_path))) < (2 if command == "demo" else 1):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(3)
+    running.send_signal(signum)
+    running.communicate(timeout=60)
+    assert running.returncode
+    assert is_free(port) and not marked(str(tmp_path))
+
+
+def test_a_relative_folder_is_one_of_the_callers(port, tmp_path):
+    (tmp_path / "model").mkdir()
+    done = fork("demo", "--port", port, "--model", "model", cwd=tmp_path)
+    assert done.returncode == 1
+    assert str(tmp_path / "model") in done.stderr
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])

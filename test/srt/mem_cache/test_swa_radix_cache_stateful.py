@@ -14,6 +14,7 @@ nothing is held but by the tree, and evicting the tree fills both pools again.
 import hashlib
 import logging
 import os
+import sys
 from collections import deque
 from types import SimpleNamespace
 from typing import Dict, List
@@ -51,6 +52,9 @@ from sglang.srt.mem_cache.swa_radix_cache import SWARadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.test.ci.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
 
 DRAFT_TOKENS = 4
 MAX_REQS = 6
@@ -641,3 +645,7 @@ def test_swa_radix_cache_stateful_paged(monkeypatch):
             max_examples=max(settings().max_examples // 4, 1),
         ),
     )
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,55 @@
+"""`make lint` finds faults of ours and of the lines we add, and no others."""
+
+import pytest
+
+from fork.lint import _lint_added
+from fork.process import Git
+from fork.series import BASE
+
+# Three faults of the base, which are upstream's: order, an unused import, spaces.
+UPSTREAM = "import sys\nimport os\n\n\ndef f( ):\n    return sys.argv\n"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    git = Git(tmp_path)
+    git("init", "--quiet")
+    (tmp_path / "model.py").write_text(UPSTREAM)
+    (tmp_path / "sorted.py").write_text("import os\nimport sys\n\nprint(os, sys)\n")
+    git("add", "--all")
+    tree = git("write-tree").strip()
+    identity = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@localhost"}
+    commit = git("commit-tree", tree, input="base\n", **identity).strip()
+    git("update-ref", BASE, commit)
+    return git
+
+
+def findings(git: Git, name: str, text: str) -> str:
+    (git.folder / name).write_text(text)
+    return "\n".join(_lint_added(git))
+
+
+def test_faults_of_upstream_are_upstreams(tree):
+    assert not findings(tree, "model.py", UPSTREAM + "\n\ndef g():\n    return 1\n")
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("    return  [1,2]\n", "return [1, 2]"),
+        ("    return missing\n", "F821"),
+        ("    import json\n", "F401"),
+    ],
+)
+def test_faults_of_added_lines_are_found(tree, line, words):
+    assert words in findings(tree, "model.py", UPSTREAM + "\n\ndef g():\n" + line)
+
+
+def test_unsorted_imports_are_found_where_the_base_sorted_them(tree):
+    text = "import sys\nimport os\n\nprint(os, sys)\n"
+    assert "+import os" in findings(tree, "sorted.py", text)
+
+
+def test_a_linter_that_does_not_run_is_a_finding(tree, monkeypatch):
+    monkeypatch.setattr("fork.lint.RUFF", ["ruff", "check", "--no-such-option"])
+    assert "no-such-option" in findings(tree, "model.py", UPSTREAM + "\nx = 1\n")
