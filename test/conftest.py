@@ -2,6 +2,7 @@
 what a machine without a GPU needs."""
 
 import os
+import signal
 from unittest import mock
 
 import torch
@@ -15,6 +16,9 @@ _COMMON = dict(
 settings.register_profile("default", max_examples=100, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# Ctrl-C is tested, also where the tests run in the background and a shell ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small tensors, and servers beside the tests: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
