@@ -9,5 +9,9 @@ tree        python/sglang: ``checkout`` and ``export``
 upstream    the series as complete pull requests, tests and all
 verify      proves that patches/ and python/sglang are what they should be
 build       the PEP 517 backend behind ``pip install ./python``
+port        what a newer release of upstream does to the series
+rehearse    the series on upstream's own repository
+release     what a release holds, and the proof that its wheel serves
+gate        which pull requests are tested, and what they say of it
 =========== ================================================================
 """

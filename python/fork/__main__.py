@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
+from pathlib import Path
 
 
 def base(args) -> None:
@@ -67,7 +68,54 @@ def demo(args) -> None:
     demo(args.project, args.port, args.model)
 
 
+def port(args) -> None:
+    """say which patches apply to a newer release of SGLang"""
+    from fork.port import newest, port, report
+
+    version, wheel = newest(args.project, args.to)
+    print(report(args.project, version, port(args.project, wheel)), end="")
+
+
+def watch(args) -> None:
+    """keep the issue on the newest release of SGLang up to date"""
+    from fork.github import GitHub
+    from fork.port import watch
+
+    print(watch(args.project, GitHub.of_workflow()))
+
+
+def rehearse(args) -> None:
+    """apply dist/upstream/ to SGLang's own repository at the tag"""
+    from fork.rehearse import rehearse
+
+    rehearse(args.project, args.repository)
+
+
+def smoke(args) -> None:
+    """install the wheel of dist/release/ alone, and have it answer"""
+    from fork.release import smoke
+
+    smoke(args.project, args.port, args.dependencies)
+
+
+def release(args) -> None:
+    """add sdist, patches, notes and checksums to the wheels of dist/release/"""
+    from fork.release import write_release
+
+    for path in write_release(args.project, args.tag):
+        print(args.project.show(path))
+
+
+def publish(args) -> None:
+    """make the release of dist/release/ on GitHub"""
+    from fork.github import GitHub
+    from fork.release import publish
+
+    print(publish(args.project, GitHub.of_workflow()))
+
+
 COMMANDS = (base, checkout, export, verify, upstream, lint, serve, demo)
+COMMANDS += (port, watch, rehearse, smoke, release, publish)
 
 
 def parse() -> argparse.Namespace:
@@ -81,11 +129,26 @@ def parse() -> argparse.Namespace:
     for command in COMMANDS:
         added = commands.add_parser(command.__name__, help=command.__doc__)
         added.set_defaults(command=command)
-        if command in (serve, demo):
+        if command in (serve, demo, smoke):
             added.add_argument("--port", type=int, default=30000)
+        if command in (serve, demo):
             added.add_argument(
                 "--model", default="", help="a checkpoint, or a tiny one"
             )
+        elif command is port:
+            added.add_argument(
+                "--to", default="", metavar="RELEASE", help="the newest unless named"
+            )
+        elif command is rehearse:
+            added.add_argument("--repository", required=True)
+        elif command is smoke:
+            added.add_argument(
+                "--dependencies",
+                type=Path,
+                help="a site-packages that has what the wheel requires",
+            )
+        elif command is release:
+            added.add_argument("--tag", default="", help="the tag that is released")
     return parser.parse_args()
 
 

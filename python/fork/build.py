@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import functools
+import gzip
 import io
 import os
 import shutil
@@ -90,7 +91,10 @@ prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel
 def build_sdist(directory, config_settings=None) -> str:
     project = Project.load()
     name = f"sglang-{project.version}"
-    with tarfile.open(Path(directory) / f"{name}.tar.gz", "w:gz") as sdist:
+    with (
+        gzip.GzipFile(Path(directory) / f"{name}.tar.gz", "w", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as sdist,
+    ):
 
         def add(file: Path, inside: str) -> None:
             sdist.add(file, f"{name}/{inside}", filter=_anonymous)

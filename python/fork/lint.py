@@ -1,4 +1,5 @@
-"""Checks our files, and the lines our patches add, with SGLang's linters."""
+"""Checks our files, and the lines our patches add, with SGLang's linters, and the
+workflows with actionlint and zizmor."""
 
 from __future__ import annotations
 
@@ -17,11 +18,16 @@ from fork.tree import Tree
 BLACK = ["black", "--check", "--quiet", "--diff"]
 ISORT = ["isort", "--profile", "black", "--project", "sglang", "--project", "fork"]
 RUFF = ["ruff", "check", "--quiet", "--isolated", "--select", "F401,F821"]
+# Where the environment's own binaries are; neither asks anything of the network.
+BIN = Path(sys.executable).parent
+ACTIONLINT = [BIN / "actionlint", "-shellcheck", BIN / "shellcheck", "-pyflakes="]
+ZIZMOR = [BIN / "zizmor", "--pedantic", "--offline", "--strict-collection", "--quiet"]
 HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
 
 
 def lint(project: Project) -> None:
-    """Checks the repository's Python files and what the series adds to upstream's.
+    """Checks the repository's Python files and workflows, and what the series adds to
+    upstream's files.
 
     Raises:
         ForkError: There are findings; the message lists them.
@@ -32,13 +38,22 @@ def lint(project: Project) -> None:
     findings = []
     for command in (BLACK, [*ISORT, "--diff"], [*RUFF, "--output-format=concise"]):
         findings += _findings([*command, *ours], project.root)
+    findings += lint_workflows(project.root)
     findings += _lint_added(Tree(project).git)
     if findings:
         raise ForkError("\n".join(["the linters found:", *findings]))
 
 
+def lint_workflows(root: Path) -> list[str]:
+    """Finds what is wrong with the workflows and what else .github/ configures."""
+    workflows = sorted((root / ".github" / "workflows").glob("*.yml"))
+    done = [run([*ACTIONLINT, *workflows], cwd=root)]
+    done += [run([*ZIZMOR, root / ".github"], cwd=root)]
+    return [(d.stdout + d.stderr).strip() for d in done if d.returncode]
+
+
 def _findings(command: list[str], cwd: Path, **kwargs) -> list[str]:
-    """What a linter says, as a list of one or none."""
+    """What one of Python's linters says, as a list of one or none."""
     done = run([sys.executable, "-m", *command], cwd=cwd, **kwargs)
     told = (done.stdout + done.stderr).strip()
     return [told] if told or done.returncode else []

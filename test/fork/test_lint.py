@@ -2,7 +2,7 @@
 
 import pytest
 
-from fork.lint import _lint_added
+from fork.lint import _lint_added, lint_workflows
 from fork.process import Git
 from fork.series import BASE
 
@@ -53,3 +53,36 @@ def test_unsorted_imports_are_found_where_the_base_sorted_them(tree):
 def test_a_linter_that_does_not_run_is_a_finding(tree, monkeypatch):
     monkeypatch.setattr("fork.lint.RUFF", ["ruff", "check", "--no-such-option"])
     assert "no-such-option" in findings(tree, "model.py", UPSTREAM + "\nx = 1\n")
+
+
+WORKFLOW = """name: A workflow
+on: push
+permissions: {}
+concurrency: {group: one, cancel-in-progress: true}
+jobs:
+  job:
+    name: A job
+    runs-on: ubuntu-24.04
+    timeout-minutes: 5
+    steps:
+      - name: A step
+        run: make test
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("", "", None),
+        ("runs-on", "run-on", 'unexpected key "run-on"'),  # actionlint
+        ("make test", "echo $X [", "SC2086"),  # shellcheck, through actionlint
+        ("run: make test", "uses: actions/checkout@v6", "unpinned-uses"),  # zizmor
+        ("    name: A job\n", "", "anonymous-definition"),  # zizmor --pedantic
+    ],
+)
+def test_faults_of_workflows_are_found(tmp_path, old, new, words):
+    (tmp_path / ".github/workflows").mkdir(parents=True)
+    workflow = tmp_path / ".github/workflows/one.yml"
+    workflow.write_text(WORKFLOW.replace(old, new, 1))
+    found = "\n".join(lint_workflows(tmp_path))
+    assert words in found if words else not found

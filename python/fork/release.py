@@ -1,0 +1,237 @@
+"""A release: what it holds, and the proof that its wheel serves."""
+
+from __future__ import annotations
+
+import email
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+from email.policy import default as MAIL
+from pathlib import Path
+
+from packaging.tags import sys_tags
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+from fork import base
+from fork.build import _anonymous, build_sdist
+from fork.errors import ForkError
+from fork.github import GitHub
+from fork.process import last_line, run, say
+from fork.project import Project
+from fork.upstream import write_upstream
+
+SUMS = "SHA256SUMS"
+NOTES = "NOTES.md"
+
+
+def folder(project: Project) -> Path:
+    return project.root / "dist" / "release"
+
+
+def tag(project: Project) -> str:
+    """The tag of the release that pyproject.toml describes, such as ``gemma4.1``."""
+    return project.version.local or ""
+
+
+def wheels(project: Project) -> list[Path]:
+    """The wheels of the present version in dist/release/."""
+    made = []
+    for path in sorted(folder(project).glob("*.whl")):
+        try:
+            name, version, *_ = parse_wheel_filename(path.name)
+        except InvalidWheelFilename:
+            continue
+        if (name, version) == ("sglang", project.version):
+            made.append(path)
+    return made
+
+
+def write_release(project: Project, tagged: str = "") -> list[Path]:
+    """Adds to the wheels in dist/release/ what else a release holds.
+
+    That is the sdist, the patches for upstream as one archive, notes and checksums;
+    what belongs to none of this version is removed. The same commit gives the same
+    bytes.
+
+    Args:
+        tagged: The tag that is being released, if there is one.
+
+    Raises:
+        ForkError: The tag is not the version's, or there is no wheel.
+    """
+    if tagged and tagged != tag(project):
+        raise ForkError(
+            f"The tag {tagged} is not that of version {project.version}, which is "
+            f"{tag(project)}: tag the commit whose pyproject.toml says +{tagged}."
+        )
+    found = wheels(project)
+    if not found:
+        raise ForkError(
+            f"{project.show(folder(project))} has no wheel of version "
+            f"{project.version}: run `make wheel` first, once for each Python."
+        )
+    for path in folder(project).iterdir():
+        if path not in found:
+            path.unlink()
+    sdist = folder(project) / build_sdist(folder(project))
+    archive = _pack_patches(project, write_upstream(project))
+    notes = folder(project) / NOTES
+    notes.write_text(release_notes(project), "utf-8")
+    made = [*found, sdist, archive]
+    sums = folder(project) / SUMS
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}" for p in made]
+    sums.write_text("\n".join(sorted(lines, key=lambda line: line[66:])) + "\n")
+    return [*made, notes, sums]
+
+
+def _pack_patches(project: Project, patches: list[Path]) -> Path:
+    name = f"sglang-{project.series}-{tag(project)}-patches"
+    # Uncompressed: gzip writes other bytes with another zlib.
+    with tarfile.open(folder(project) / f"{name}.tar", "w") as archive:
+        for patch in patches:
+            archive.add(patch, f"{name}/{patch.name}", filter=_anonymous)
+    return Path(archive.name)
+
+
+def messages(project: Project) -> list[tuple[str, str]]:
+    """Returns subject and text of each patch's commit message, without Adds:."""
+    told = []
+    for patch in project.patches():
+        mail = email.message_from_bytes(patch.read_bytes(), policy=MAIL)
+        subject = re.sub(r"^\[PATCH\] ", "", mail["Subject"])
+        text = mail.get_content() if not mail.is_multipart() else ""
+        text = re.split(r"^(?:---|diff --git .*)$", text, maxsplit=1, flags=re.M)[0]
+        text = re.sub(r"^Adds: .*\n?", "", text, flags=re.M)
+        told.append((subject, text.strip()))
+    return told
+
+
+def release_notes(project: Project) -> str:
+    """The notes: how to install the release, then each commit message."""
+    pythons = sorted({w.name.split("-")[2] for w in wheels(project)}, key=len)
+    parts = [
+        f"`{base.requirement(project)}` with {len(project.patches())} patches, for "
+        "Gemma-4 MoE.\n",
+        f"Wheels for {', '.join(pythons)}: `pip install` the one of your Python, it "
+        f"replaces an installed SGLang. `sha256sum --check --ignore-missing {SUMS}` "
+        "checks the files, `gh attestation verify FILE --repo THIS_REPOSITORY` says "
+        "which commit and workflow built one. The archive of patches is for `git am` "
+        f"in SGLang at {project.series}.\n",
+        "## The series\n",
+    ]
+    for subject, text in messages(project):
+        parts += [f"### {subject}\n", f"{text}\n"]
+    return "\n".join(parts)
+
+
+def publish(project: Project, github: GitHub) -> str:
+    """Makes the release of the version's tag with what dist/release/ holds.
+
+    It is a draft until every file is there. Returns its address.
+
+    Raises:
+        ForkError: There is no such tag or there is the release already, or the
+            files are not those of the checksums.
+    """
+    sums = folder(project) / SUMS
+    if not sums.is_file():
+        raise ForkError(f"There is no {project.show(sums)}: run `make release` first.")
+    files = []
+    for line in sums.read_text("utf-8").splitlines():
+        digest, name = line.split("  ", 1)
+        path = folder(project) / name
+        if not path.is_file():
+            raise ForkError(f"{project.show(path)} is missing: run `make release`.")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise ForkError(
+                f"{project.show(path)} is not the file of {SUMS}: run `make release`."
+            )
+        files.append(path)
+    name = tag(project)
+    if any(old["tag_name"] == name for old in github.pages("releases")):
+        raise ForkError(
+            f"There is a release {name} already, perhaps a draft that an interrupted "
+            "run left: delete it, or raise N of +gemma4.N in pyproject.toml."
+        )
+    github("GET", f"git/ref/tags/{name}")
+    release = github(
+        "POST",
+        "releases",
+        {
+            "tag_name": name,
+            "name": f"{project.version}",
+            "body": (folder(project) / NOTES).read_text("utf-8"),
+            "draft": True,
+        },
+    )
+    for path in [*files, sums]:
+        say(f"Uploading {path.name} ...")
+        github.upload(release["upload_url"], path)
+    done = github("PATCH", f"releases/{release['id']}", {"draft": False})
+    return done["html_url"]
+
+
+def smoke(project: Project, port: int, dependencies: Path | None = None) -> None:
+    """Installs this Python's wheel of dist/release/ where nothing else is, and has it
+    answer one question with the tiny model.
+
+    Args:
+        dependencies: A folder that has what the wheel requires, for where that is
+            not to be installed once more.
+
+    Raises:
+        ForkError: There is no such wheel, it cannot be installed, or it does not
+            answer.
+    """
+    tags = set(sys_tags())
+    fitting = [w for w in wheels(project) if tags & parse_wheel_filename(w.name)[3]]
+    if not fitting:
+        raise ForkError(
+            f"{project.show(folder(project))} has no wheel of {project.version} for "
+            f"{sys.executable}: run `make wheel` with it first."
+        )
+    environment = project.cache / "smoke"
+    shutil.rmtree(environment, ignore_errors=True)
+    try:
+        python = _environment(environment, dependencies)
+        install = [sys.executable, "-m", "pip", "--python", python, "install"]
+        install += ["--disable-pip-version-check", "--quiet", "--no-cache-dir"]
+        install += ["--no-deps"] if dependencies else ["tomli; python_version<'3.11'"]
+        say(f"Installing {fitting[0].name} into a clean environment ...")
+        done = run([*install, fitting[0]], cwd=environment)
+        if done.returncode:
+            raise ForkError(
+                f"{fitting[0].name} cannot be installed: {last_line(done)}."
+            )
+        # Of the repository, the commands alone: python/ may hold a checked-out sglang.
+        commands = environment / "commands"
+        commands.mkdir()
+        (commands / "fork").symlink_to(Path(__file__).parent)
+        env = {**os.environ, "PYTHONPATH": str(commands)}
+        code = "from importlib.util import find_spec as s; print(s('sglang').origin)"
+        found = run([python, "-c", code], cwd=environment, env=env).stdout.strip()
+        if not Path(found).is_relative_to(environment):
+            raise ForkError(
+                f"The environment imports sglang from {found or 'nowhere'}, not from "
+                f"{fitting[0].name}."
+            )
+        demo = [python, "-m", "fork", "demo", "--port", str(port)]
+        if subprocess.run(demo, cwd=environment, env=env).returncode:
+            raise ForkError(f"{fitting[0].name} does not serve; it says why above.")
+        say(f"{fitting[0].name} serves, installed alone.")
+    finally:
+        shutil.rmtree(environment, ignore_errors=True)
+
+
+def _environment(environment: Path, dependencies: Path | None) -> Path:
+    """Makes an empty environment, that sees those dependencies; returns its Python."""
+    venv.create(environment, with_pip=False, symlinks=True)
+    if dependencies:
+        (site,) = environment.glob("lib/python3*/site-packages")
+        (site / "dependencies.pth").write_text(f"{dependencies.resolve()}\n", "utf-8")
+    return environment / "bin" / "python"

@@ -1,0 +1,245 @@
+"""A release: its files, its publication, and that its wheel serves, installed alone."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+from github_fake import FakeGitHub
+
+VERSION = "1.0+test.2"
+MESSAGE = """Have three layers
+
+Two were too few: `pytest test/srt/a.py`.
+
+- A list, of
+  two lines
+
+Adds: test/srt/a.py
+"""
+
+
+def build_wheel(repository) -> Path:
+    """As `make wheel` does, but for an environment without a network."""
+    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    command += ["--wheel-dir", "dist/release", "./python"]
+    run(sys.executable, "-m", *command, cwd=repository.root, env=repository.env)
+    (wheel,) = (repository.root / "dist/release").glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def with_wheel(checked_out, tmp_path_factory):
+    """A fork of one patch with its wheel; not to be changed."""
+    repository = checked_out.copy(tmp_path_factory.mktemp("release") / "a fork é")
+    (repository.root / "test/srt").mkdir(parents=True)
+    (repository.root / "test/srt/a.py").write_text("def test(): pass\n")
+    model = (repository.tree / "srt/model.py").read_text()
+    model = model.replace("layers = 2", "layers = 3")
+    repository.commit("srt/model.py", model, MESSAGE)
+    repository.fork("export")
+    build_wheel(repository)
+    return repository
+
+
+@pytest.fixture
+def repository(with_wheel, tmp_path):
+    return with_wheel.copy(tmp_path / "a fork é")
+
+
+def test_what_a_release_holds(repository, tmp_path):
+    folder = repository.root / "dist/release"
+    (folder / "sglang-1.0+test.1-py3-none-any.whl").write_text("of an older version")
+    (folder / "junk").write_text("junk")
+    names = repository.fork("release", "--tag", "test.2").splitlines()
+    assert [name.removeprefix("dist/release/") for name in names] == [
+        f"sglang-{VERSION}-py3-none-any.whl",
+        f"sglang-{VERSION}.tar.gz",
+        "sglang-v1.0-test.2-patches.tar",
+        "NOTES.md",
+        "SHA256SUMS",
+    ]
+    assert {f"dist/release/{path.name}" for path in folder.iterdir()} == set(names)
+    check = run("sha256sum", "--check", "SHA256SUMS", cwd=folder, env=repository.env)
+    assert check.stdout.count(": OK\n") == 3
+
+    with tarfile.open(folder / "sglang-v1.0-test.2-patches.tar") as archive:
+        archive.extractall(tmp_path)
+    (patches,) = tmp_path.glob("sglang-v1.0-*")
+    upstream = repository.root / "dist/upstream"
+    assert repository.contents(patches) == repository.contents(upstream)
+    assert [path.name for path in upstream.iterdir()] == [
+        "0001-Have-three-layers.patch"
+    ]
+
+    notes = (folder / "NOTES.md").read_text()
+    assert "`sglang==1.0` with 1 patches" in notes
+    text = MESSAGE.split("\n\n", 1)[1].split("\n\nAdds:")[0]
+    assert f"### Have three layers\n\n{text}\n" in notes
+    assert "Adds:" not in notes and "diff --git" not in notes
+
+    before = repository.contents(folder)
+    repository.fork("release")
+    assert repository.contents(folder) == before
+
+
+def test_what_is_no_release(repository):
+    refusal = repository.refusal("release", "--tag", "test.3")
+    assert "tag test.3 is not that of version 1.0+test.2, which is test.2" in refusal
+    shutil.rmtree(repository.root / "dist")
+    (repository.root / "dist/release").mkdir(parents=True)
+    for command in (["release"], ["smoke"]):
+        assert "run `make wheel`" in repository.refusal(*command)
+    github = {f"GITHUB_{name}": "x" for name in ("REPOSITORY", "TOKEN", "API_URL")}
+    assert "run `make release` first" in repository.refusal("publish", **github)
+    github.pop("GITHUB_TOKEN")
+    kept = {"GITHUB_TOKEN": ""}
+    refusal = repository.refusal("publish", **github, **kept)
+    assert "GITHUB_TOKEN must be set, as in a workflow" in refusal
+
+
+def test_publishing(repository):
+    repository.fork("release", "--tag", "test.2")
+    folder = repository.root / "dist/release"
+    fake = FakeGitHub()
+    with fake.served() as env:
+        refusal = repository.refusal("publish", **env)
+        assert "git/ref/tags/test.2 was refused: 404" in refusal
+        fake.tags.add("test.2")
+        said = repository.fork("publish", **env)
+        assert "https://github.example/releases/1\n" in said
+        (release,) = fake.releases
+        assert release["tag_name"] == "test.2" and release["draft"] is False
+        assert release["name"] == VERSION
+        assert release["body"] == (folder / "NOTES.md").read_text()
+        files = {p.name: p.read_bytes() for p in folder.iterdir()}
+        files.pop("NOTES.md")
+        assert fake.assets == files
+
+        assert "There is a release test.2 already" in repository.refusal(
+            "publish", **env
+        )
+        (sdist,) = folder.glob("*.tar.gz")
+        sdist.write_bytes(b"another")
+        assert "is not the file of SHA256SUMS" in repository.refusal("publish", **env)
+        sdist.unlink()
+        assert f"{sdist.name} is missing" in repository.refusal("publish", **env)
+    assert len(fake.releases) == 1
+
+
+def test_a_release_that_was_interrupted_stays_a_draft(repository):
+    repository.fork("release")
+    fake = FakeGitHub()
+    fake.tags.add("test.2")
+    answer = fake.handle
+    fake.handle = lambda method, path, *args: (
+        (502, {"message": "Bad gateway"})
+        if "upload" in path and len(fake.assets) == 2
+        else answer(method, path, *args)
+    )
+    with fake.served() as env:
+        assert "was refused: 502" in repository.refusal("publish", **env)
+    assert fake.releases[0]["draft"] is True
+
+
+def upstreams(repository, folder: Path, edit=None) -> Path:
+    """Upstream's repository at the tag of the base."""
+    shutil.copytree(repository.tree, folder / "python/sglang")
+    shutil.rmtree(folder / "python/sglang/.git")
+    run(
+        *["git", "archive", "--output", folder / "base.tar", "refs/fork/base"],
+        cwd=repository.tree,
+        env=repository.env,
+    )
+    with tarfile.open(folder / "base.tar") as archive:
+        archive.extractall(folder / "python/sglang")
+    (folder / "base.tar").unlink()
+    if edit:
+        edit(folder / "python/sglang/srt/model.py")
+    repository.git("init", "--quiet", cwd=folder)
+    repository.git("config", "core.autocrlf", "false", cwd=folder)
+    repository.git("add", "--all", cwd=folder)
+    repository.git("commit", "--quiet", "--message=Upstream", cwd=folder)
+    repository.git("tag", "v1.0", cwd=folder)
+    (folder / "later").touch()
+    repository.git("add", "--all", cwd=folder)
+    repository.git("commit", "--quiet", "--message=Later", cwd=folder)
+    return folder
+
+
+def test_the_series_on_upstreams_tag(repository, tmp_path):
+    def call(source):
+        return ["rehearse", "--repository", str(source)]
+
+    source = upstreams(repository, tmp_path / "an upstream")
+    said = repository.fork(*call(source))
+    assert "1 patches of dist/upstream apply to v1.0 of" in said
+    assert "the 1 files that they change are the fork's" in said
+    shutil.rmtree(source)
+
+    def change(line):
+        return lambda file: file.write_text(file.read_text().replace(line, "x = 1"))
+
+    other = upstreams(repository, tmp_path / "near", change("layers = 2"))
+    refusal = repository.refusal(*call(other))
+    assert "0001-Have-three-layers.patch does not apply: python/sglang" in refusal
+    other = upstreams(repository, tmp_path / "far", change("line_0 = 0"))
+    assert "srt/model.py is another in" in repository.refusal(*call(other))
+    assert "could not be cloned at v1.0" in repository.refusal(*call(tmp_path / "no"))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        for port in range(24300, 24400):
+            if probe.connect_ex(("127.0.0.1", port)):
+                return str(port)
+
+
+def test_the_real_wheel_serves_installed_alone(tmp_path):
+    """The repository's own series, with the dependencies that the tests have."""
+    for name in ("python/fork", "patches", "benchmark/gemma4"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "python/pyproject.toml", tmp_path / "python")
+    (tmp_path / ".cache").symlink_to(ROOT / ".cache")
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist/release").symlink_to(tmp_path)
+    for command in (
+        # The hook that `make wheel` has pip call.
+        ["-c", f"import fork.build as b; b.build_wheel({str(tmp_path)!r})"],
+        ["-m", "fork", "smoke", "--port", free_port()]
+        + ["--dependencies", sysconfig.get_path("purelib")],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path / "python",
+            capture_output=True,
+            text=True,
+        )
+        assert not done.returncode, done.stdout + done.stderr
+    assert "> Why is the sky blue?" in done.stdout
+    assert "tokens came back" in done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert f"{wheel.name} serves, installed alone." in done.stderr
+    assert not (tmp_path / ".cache/smoke").exists()
+
+
+def test_an_environment_that_has_another_sglang(repository, tmp_path):
+    """Its files come first on the path: the wheel would not be what serves."""
+    (tmp_path / "other/sglang").mkdir(parents=True)
+    (tmp_path / "other/sglang/__init__.py").touch()
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for name in ("packaging", "wheel"):
+        found = Path(__import__(name).__file__).parent
+        (dependencies / name).symlink_to(found)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'other')!r})\n"
+    (dependencies / "sitecustomize.py").write_text(code)
+    refusal = repository.refusal("smoke", "--dependencies", str(dependencies))
+    assert f"imports sglang from {tmp_path / 'other'}" in refusal
+    assert not (repository.root / ".cache/smoke").exists()
