@@ -4,7 +4,8 @@
 
 A case that varies in one number gives a curve over it, one line an arm; a case of
 words gives grouped bars. One picture for each metric and each value of the rest of
-the case. The bytes of a picture depend on the result file alone.
+the case. With `stacked` among the settings, the records that have that part of the case
+are one picture: a bar for each arm in each other case, cut into the part's values. The bytes of a picture depend on the result file alone.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,6 +29,11 @@ from results import is_number, load
 # Legible to readers who see colours differently (Okabe and Ito); limits are grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 LIMIT = "#999999"
+# Enough for the groups of a step, light beside dark.
+STACK = [
+    *("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#F0E442"),
+    *("#CC79A7", "#882255", "#444444", "#999999", "#DDDDDD"),
+]
 RC = {
     "svg.hashsalt": "gemma4",
     "svg.fonttype": "none",
@@ -54,6 +61,8 @@ def figures(results: Results) -> Dict[str, List[Record]]:
 def draw(results: Results, folder: Path) -> List[Path]:
     """Writes every picture of a result and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
+    if results.settings.get("stacked"):
+        return [_draw_stacked(results, results.settings["stacked"], folder)]
     axis = axis_of(results.records)
     paths = []
     for name, records in figures(results).items():
@@ -136,6 +145,43 @@ def _bars(axes, records: List[Record], axis: str, results: Results) -> None:
         )
     axes.set_xticks(range(len(ticks)), ticks)
     axes.grid(axis="x", visible=False)
+
+
+def _draw_stacked(results: Results, part: str, folder: Path) -> Path:
+    """A row of panels, one for each case, as each has a scale of its own."""
+    records = [record for record in results.records if part in record.case]
+    values = list(dict.fromkeys(record.case[part] for record in records))
+    panels: Dict[str, Dict[str, List[Record]]] = {}
+    for record in records:
+        title = ", ".join(str(v) for k, v in record.case.items() if k != part)
+        panels.setdefault(title, {}).setdefault(record.arm, []).append(record)
+    with plt.rc_context(RC):
+        width = sum(1.2 + 0.6 * len(arms) for arms in panels.values())
+        figure, all_axes = plt.subplots(
+            *(1, len(panels)),
+            **dict(figsize=(width + 1.8, 4.5), layout="constrained", squeeze=False),
+        )
+        for axes, (title, arms) in zip(all_axes[0], panels.items()):
+            for x, found in enumerate(arms.values()):
+                bottom = 0.0
+                for record in sorted(found, key=lambda r: values.index(r.case[part])):
+                    colour = STACK[values.index(record.case[part]) % len(STACK)]
+                    axes.bar(x, record.median, 0.7, bottom, color=colour)
+                    bottom += record.median
+            axes.set_xticks(range(len(arms)), arms)
+            axes.set_xlim(-0.6, len(arms) - 0.4)
+            axes.set_title(title, fontsize=10)
+            axes.grid(axis="x", visible=False)
+        first = records[0]
+        all_axes[0][0].set_ylabel(f"{first.metric}, {first.unit}")
+        patches = [Patch(color=STACK[i % len(STACK)]) for i in range(len(values))]
+        figure.legend(patches[::-1], values[::-1], loc="outside right upper")
+        where = results.hardware.get("gpu", results.hardware.get("cpu", ""))
+        figure.suptitle(f"{results.title}, {where}", fontsize=11)
+        path = folder / f"{results.name}-{first.metric.replace(' ', '-')}.svg"
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    return path
 
 
 def main() -> None:

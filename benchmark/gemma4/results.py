@@ -29,11 +29,14 @@ Tables in the documentation are generated too, between two comments:
     <!-- table routing-h200 metric=time dtype=bfloat16 -->
     <!-- end of table -->
 
+where `against=ARM` adds a column of ratios to that arm for each other one.
+
     python benchmark/gemma4/results.py docs/*.md            fill them in
     python benchmark/gemma4/results.py --check docs/*.md    fail when one differs
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -133,6 +136,16 @@ class Results:
         self.records.append(record)
         return record
 
+    def append(
+        self, case: Case, arm: str, metric: str, unit: str, sample: float
+    ) -> Record:
+        """Adds one sample to a record, which is made if it is not there."""
+        record = self.get(case, arm, metric)
+        if record is None:
+            return self.add(case, arm, metric, unit, [sample])
+        record.samples.append(float(sample))
+        return record
+
     def get(self, case: Case, arm: str, metric: str) -> Optional[Record]:
         """The record of exactly this case, arm and metric, or None."""
         for record in self.records:
@@ -171,12 +184,17 @@ class Results:
             for record in self.records
         )
         text = f'{head[:-2]},\n  "records": [\n{lines}\n  ]\n}}\n'
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        with contextlib.ExitStack() as stack:
+            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            stack.callback(Path(partial).unlink, missing_ok=True)
+            try:
+                with open(handle, "w") as file:
+                    file.write(text)
+                os.chmod(partial, 0o644)
+                os.replace(partial, path)
+            except OSError as e:
+                e.filename = str(path)  # a full disk does not say which
+                raise
         return path
 
 
@@ -224,10 +242,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def table(results: Results, metric: str, **case) -> str:
+def table(results: Results, metric: str, against: Optional[str] = None, **case) -> str:
     """A Markdown table of medians: a row a case, a column an arm.
 
-    The widest spread of its cells stands in the head beside the unit.
+    The widest spread of its cells stands in the head beside the unit. With `against`,
+    the name of an arm, each other arm has a column of its ratio to that one.
 
     Raises:
         ValueError: No record has this metric and these values of the case.
@@ -243,11 +262,16 @@ def table(results: Results, metric: str, **case) -> str:
         rows.setdefault(row, {})[record.arm] = record
     spread = max(record.spread for record in records)
     unit = f"{records[0].unit}, ± {spread:.1%}" if spread else records[0].unit
+    others = [arm for arm in arms if arm != against] if against else []
     head = [f"{', '.join(keys)} ({metric}, {unit})", *arms]
-    lines = [head, ["---"] + ["---:"] * len(arms)]
+    head += [f"{arm} / {against}" for arm in others]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for row, cells in rows.items():
-        medians = (cells[arm].median if arm in cells else None for arm in arms)
-        shown = ["" if median is None else _figure(median) for median in medians]
+        medians = {arm: cells[arm].median for arm in arms if arm in cells}
+        shown = [_figure(medians[arm]) if arm in medians else "" for arm in arms]
+        for arm in others:
+            both = arm in medians and medians.get(against)
+            shown.append(f"{medians[arm] / medians[against]:.2f} ×" if both else "")
         lines.append([", ".join(map(str, row)), *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -276,10 +300,10 @@ def fill_in(text: str, folder: Path = FOLDER) -> str:
         begin, name, choice, end = match.groups()
         results = load(folder / f"{name}.json")
         chosen = dict(part.split("=", 1) for part in shlex.split(choice))
-        metric = chosen.pop("metric")
+        metric, against = chosen.pop("metric"), chosen.pop("against", None)
         values = {str(v): v for r in results.records for v in r.case.values()}
         case = {key: values.get(value, value) for key, value in chosen.items()}
-        return f"{begin}\n{table(results, metric, **case)}\n\n{end}"
+        return f"{begin}\n{table(results, metric, against, **case)}\n\n{end}"
 
     return MARKED_TABLE.sub(replaced, text)
 

@@ -68,6 +68,32 @@ def test_median_and_spread(measured):
     assert record.spread == pytest.approx(0.25)
 
 
+def test_a_column_of_ratios(measured):
+    head, _, first, last = results.table(measured, "time", "torch").splitlines()
+    assert head.endswith("| torch | fork | fork / torch |")
+    assert first.endswith("| 2 | 1 | 0.50 × |")
+    measured.add({"tokens": 7, "dtype": "bfloat16"}, "fork", "time", "us", [1.0])
+    assert (
+        results.table(measured, "time", "torch").splitlines()[-1].endswith("| 1 |  |")
+    )
+
+
+def test_samples_are_appended(measured):
+    case = {"tokens": 80, "dtype": "bfloat16"}
+    for sample in (3, 1.0, 2.0):
+        measured.append(case, "fork", "time", "us", sample)
+    assert measured.get(case, "fork", "time").samples == [3.0, 1.0, 2.0]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, measured):
+    path = measured.save(tmp_path / "some.json")
+    before = path.read_bytes()
+    measured.settings["unwritable"] = object()
+    with pytest.raises(TypeError):
+        measured.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     "content, words",
     [

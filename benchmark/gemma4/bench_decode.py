@@ -1,0 +1,408 @@
+"""Time the small kernels and the attention of a Gemma 4 decode step beside the base's.
+
+    pip install --no-deps --target DIR sglang==0.5.12.post1
+    python benchmark/gemma4/bench_decode.py --name decode-h200 --base DIR
+
+DIR holds the release that this series applies to; its kernels are read from their files,
+the fork's from the installed sglang. A sample is one replay of a CUDA graph; the arms take
+turns, replay by replay. Three parts, in Gemma-4-26B-A4B's shapes:
+
+- `norms`: the norm of q, k and v with the rotary embedding, and the norms between
+  attention and the feedforward branches; their inputs were written just before, as in a
+  model, and come from the L2 cache as long as they fit.
+- `behind a projection`: the first of them behind the matrix product that makes q, k, v.
+- `attention`: both kernels of a decode layer, over KV slots in random order that take
+  turns, so that they come from memory.
+
+`bytes` is what must be read and written at the rate of a large copy.
+"""
+
+import argparse
+import importlib.util
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Callable, Dict, List
+
+import torch
+import triton
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from results import FOLDER, Results, table  # noqa: E402
+
+HIDDEN, HEADS, WINDOW, EPS = 2816, 16, 1023, 1e-6
+# Head size, KV heads.
+LAYERS = {"sliding": (256, 8), "full": (512, 2)}
+TOKENS = (1, 8, 80, 320, 1024, 8192)
+REQUESTS = (1, 2, 4, 8, 16, 32, 80)
+LENGTHS = (100, 1500, 8500)
+OPS = "sglang/srt/layers/gemma4_fused_ops.py"
+DECODE = "sglang/srt/layers/attention/triton_ops/decode_attention.py"
+
+
+def _load(site: Path, file: str, name: str) -> ModuleType:
+    """A module from its file alone, beside the installed one."""
+    path = site / file
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: unpack the base's wheel to --base")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _capture(calls: List[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _time(arms: Dict[str, List[Callable]], replays: int) -> Dict[str, List[float]]:
+    """Microseconds a call, for each of `replays` turns of every arm's graph."""
+    graphs = {name: _capture(calls) for name, calls in arms.items()}
+    events = {name: [] for name in graphs}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(replays):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: [round(1000 * a.elapsed_time(b) / len(arms[name]), 3) for a, b in pairs]
+        for name, pairs in events.items()
+    }
+
+
+def _agree(name: str, got: torch.Tensor, exact: torch.Tensor) -> None:
+    """Times mean nothing if what was timed is wrong."""
+    error = (got.double() - exact).norm() / exact.norm()
+    if not error < 6e-3:
+        raise SystemExit(f"{name} is off by {error:.1e} from float64")
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * (x.pow(2).mean(dim=-1, keepdim=True) + EPS).rsqrt() * weight
+
+
+def _weights(count: int, size: int) -> List[torch.Tensor]:
+    return [torch.rand(size, device="cuda").bfloat16() + 0.5 for _ in range(count)]
+
+
+class QKV:
+    """The q/k/v norm and the rotary embedding of one layer."""
+
+    def __init__(self, base: ModuleType, fork: ModuleType, layer: str, tokens: int):
+        from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
+
+        self.base, self.fork = base, fork
+        self.rope = apply_rope_with_cos_sin_cache_inplace
+        self.D, self.kv_heads = LAYERS[layer]
+        self.tokens = tokens
+        self.sizes = [h * self.D for h in (HEADS, self.kv_heads, self.kv_heads)]
+        self.weights = _weights(2, self.D)
+        self.positions = torch.randint(0, 8000, (tokens,), device="cuda")
+        angles = torch.rand((8192, self.D // 2), device="cuda") * 7
+        self.cache = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        self.qkv = torch.randn((tokens, sum(self.sizes)), device="cuda").bfloat16()
+
+    def arms(self) -> Dict[str, Callable[[], object]]:
+        q, k, v = self.qkv.split(self.sizes, dim=-1)
+        shape = (HEADS, self.kv_heads, self.D, EPS)
+
+        def norm_then_rope():
+            self.base.gemma_qkv_rmsnorm(q, k, v, *self.weights, *shape)
+            self.rope(
+                positions=self.positions,
+                q=q.view(self.tokens, -1, self.D),
+                k=k.view(self.tokens, -1, self.D),
+                cos_sin_cache=self.cache,
+                is_neox=True,
+            )
+
+        def fused():
+            self.fork.gemma_qkv_rmsnorm(
+                *(q, k, v, *self.weights, *shape, self.positions, self.cache)
+            )
+
+        return {"base": norm_then_rope, "fork": fused}
+
+    def check(self) -> None:
+        parts = self.qkv.double().split(self.sizes, dim=-1)
+        parts = [part.view(self.tokens, -1, self.D) for part in parts]
+        one = torch.ones_like(self.weights[0])
+        cos, sin = self.cache[self.positions].double()[:, None].chunk(2, dim=-1)
+        exact = []
+        for part, weight in zip(parts, [*self.weights, one]):
+            y = _norm(part, weight.double())
+            if weight is not one:
+                a, b = y.chunk(2, dim=-1)
+                y = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+            exact.append(y.flatten(1))
+        before = self.qkv.clone()
+        for name, call in self.arms().items():
+            self.qkv.copy_(before)
+            call()
+            _agree(f"{name} q/k/v norm", self.qkv, torch.cat(exact, dim=-1))
+        self.qkv.copy_(before)
+
+    def bytes(self) -> int:
+        return 2 * self.qkv.nbytes + self.tokens * self.D * 4
+
+
+class PreFeedforward:
+    """The norms between attention and the feedforward branches of one layer."""
+
+    def __init__(self, fork: ModuleType, tokens: int):
+        self.fork = fork
+        self.x, self.residual = (
+            torch.randn((tokens, HIDDEN), device="cuda").bfloat16() for _ in range(2)
+        )
+        self.weights = _weights(4, HIDDEN)
+        self.one = torch.ones_like(self.weights[0])
+
+    def arms(self) -> Dict[str, Callable[[], object]]:
+        from sgl_kernel import fused_add_rmsnorm, rmsnorm
+
+        post, mlp, router, moe = self.weights
+
+        def five():
+            hidden = rmsnorm(self.x, post, EPS)
+            fused_add_rmsnorm(hidden, self.residual, mlp, EPS)
+            routed = rmsnorm(self.residual, self.one, EPS) * router
+            return hidden, routed, rmsnorm(self.residual, moe, EPS)
+
+        def fused():
+            return self.fork.gemma_pre_feedforward_rmsnorms(
+                self.x, self.residual, *self.weights
+            )
+
+        return {"base": five, "fork": fused}
+
+    def check(self) -> None:
+        before = self.residual.clone()
+        post, *others = (weight.double() for weight in self.weights)
+        summed = before.double() + _norm(self.x.double(), post)
+        for name, call in self.arms().items():
+            self.residual.copy_(before)
+            outputs = call()
+            _agree(f"{name} residual", self.residual, summed)
+            for output, weight in zip(outputs, others):
+                _agree(f"{name} norms", output, _norm(summed, weight))
+        self.residual.copy_(before)
+
+    def bytes(self) -> int:
+        return 6 * self.x.nbytes
+
+
+class Attention:
+    """Decode attention of one layer: what its backend launches."""
+
+    def __init__(self, layer: str, slots: int):
+        self.D, self.kv_heads = LAYERS[layer]
+        self.window = WINDOW if layer == "sliding" else None
+        shape = (slots, self.kv_heads, self.D)
+        self.k, self.v = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+        )
+        self.slots = torch.randperm(slots, device="cuda")
+
+    def batch(self, requests: int, length: int) -> None:
+        self.requests, self.length = requests, length
+        self.seen = min(length, self.window or length)
+        rows = requests * self.seen
+        sets = max(1, min(8, len(self.slots) // rows))
+        self.indices = [self.slots[i * rows : (i + 1) * rows] for i in range(sets)]
+        ends = torch.arange(requests + 1, device="cuda") * self.seen
+        self.indptr = ends.to(torch.int32)
+        shape = (requests, HEADS, self.D)
+        self.q = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * self.D**-0.5
+        self.out = torch.empty_like(self.q)
+
+    def splits(self, most: int) -> torch.Tensor:
+        """As many as the backend gives them: it looks at the full layers' heads."""
+        from sglang.srt.layers.attention.triton_backend import get_num_kv_splits_triton
+
+        lengths = torch.full((self.requests,), self.length, device="cuda")
+        found = torch.empty(self.requests, dtype=torch.int32, device="cuda")
+        cores = torch.cuda.get_device_properties(0).multi_processor_count
+        get_num_kv_splits_triton[(1,)](
+            *(found, lengths, self.requests, 1, HEADS, LAYERS["full"][1], most, cores),
+            MAX_NUM_SEQ=256,
+        )
+        return found
+
+    def arm(self, ops: ModuleType, most: int) -> List[Callable[[], object]]:
+        shape = (self.requests, HEADS, most)
+        parts = torch.empty((*shape, self.D), device="cuda")
+        logs = torch.empty(shape, device="cuda")
+        splits = self.splits(most)
+
+        def call(indices):
+            ops.decode_attention_fwd(
+                *(self.q, self.k, self.v, self.out, self.indptr, indices),
+                *(parts, logs, splits, most, 1.0, 1.0, 1.0),
+                use_pdl=True,
+            )
+
+        return [lambda i=indices: call(i) for indices in self.indices]
+
+    def check(self, name: str, calls: List[Callable[[], object]]) -> None:
+        self.out.fill_(float("nan"))
+        calls[0]()
+        group = HEADS // self.kv_heads
+        for i in sorted({0, self.requests - 1}):
+            rows = self.indices[0][i * self.seen : (i + 1) * self.seen]
+            k, v = (
+                x[rows].double().repeat_interleave(group, dim=1)
+                for x in (self.k, self.v)
+            )
+            weights = torch.einsum("hd,shd->hs", self.q[i].double(), k).softmax(-1)
+            exact = torch.einsum("hs,shd->hd", weights, v)
+            _agree(f"{name} attention", self.out[i], exact)
+
+    def bytes(self) -> int:
+        return 2 * self.requests * self.seen * self.kv_heads * self.D * 2
+
+
+def most_splits(requests: int) -> int:
+    """The most KV splits that the fork's backend takes for a batch."""
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    backend = SimpleNamespace(
+        scale_kv_splits=True,
+        max_kv_splits=8,
+        num_head=HEADS,
+        num_kv_head=LAYERS["full"][1],
+        device_core_count=torch.cuda.get_device_properties(0).multi_processor_count,
+    )
+    return TritonAttnBackend.get_max_kv_splits(backend, requests)
+
+
+def _copy_rate() -> float:
+    """Bytes a microsecond, read and written, of a copy of 2 GiB."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    milliseconds = triton.testing.do_bench(
+        lambda: target.copy_(source), return_mode="median"
+    )
+    return 2 * source.numel() / (1000 * milliseconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--name", default="decode", help="of the result file")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of results")
+    parser.add_argument("--base", type=Path, required=True, help="the base, unpacked")
+    parser.add_argument("--replays", type=int, default=15, help="samples of each arm")
+    args = parser.parse_args()
+    path = args.out / f"{args.name}.json"
+    if path.exists():
+        parser.exit(1, f"{path} exists: give another --name, or remove it\n")
+    base_ops, base_decode = (
+        _load(args.base, file, f"base_{Path(file).stem}") for file in (OPS, DECODE)
+    )
+    if not torch.cuda.is_available():
+        parser.exit(1, "no GPU: these kernels are timed on one\n")
+    import sglang.srt.layers.attention.triton_ops.decode_attention as fork_decode
+    import sglang.srt.layers.gemma4_fused_ops as fork_ops
+
+    torch.manual_seed(0)
+    rate = _copy_rate()
+    results = Results.start(
+        *("kernels", args.name, "A decode step's kernels"),
+        hidden=HIDDEN,
+        heads=HEADS,
+        window=WINDOW,
+        copy_bytes_per_us=round(rate),
+        limits=["bytes"],
+    )
+
+    for tokens in tqdm(TOKENS, desc="norms", unit="case"):
+        launches = 30 if tokens <= 1024 else 6
+        kernels = {"pre-feedforward norms": PreFeedforward(fork_ops, tokens)}
+        for layer in LAYERS:
+            kernels[f"q/k/v, {layer}"] = QKV(base_ops, fork_ops, layer, tokens)
+        for name, kernel in kernels.items():
+            kernel.check()
+            case = {"kernel": name, "tokens": tokens}
+            arms = {arm: [call] * launches for arm, call in kernel.arms().items()}
+            for arm, samples in _time(arms, args.replays).items():
+                results.add(case, arm, "time", "us", samples)
+            results.add(case, "bytes", "time", "us", [round(kernel.bytes() / rate, 3)])
+        results.save(path)
+
+    for tokens in tqdm((1, 8, 80, 320), desc="behind a projection", unit="case"):
+        for layer in LAYERS:
+            kernel = QKV(base_ops, fork_ops, layer, tokens)
+            hidden = torch.randn((tokens, HIDDEN), device="cuda").bfloat16()
+            matrices = [
+                torch.randn((HIDDEN, sum(kernel.sizes)), device="cuda").bfloat16()
+                for _ in range(3)
+            ]
+
+            def behind(call, matrix):
+                torch.mm(hidden, matrix, out=kernel.qkv)
+                call()
+
+            calls = {"projection alone": lambda: None, **kernel.arms()}
+            arms = {
+                arm: [lambda c=call, m=m: behind(c, m) for m in matrices * 4]
+                for arm, call in calls.items()
+            }
+            case = {"layer": layer, "tokens": tokens}
+            for arm, samples in _time(arms, args.replays).items():
+                results.add(case, arm, "time with projection", "us", samples)
+        results.save(path)
+
+    for layer in LAYERS:
+        longest = WINDOW if layer == "sliding" else max(LENGTHS)
+        attention = Attention(layer, max(REQUESTS) * longest)
+        cases = [(r, n) for n in LENGTHS for r in REQUESTS]
+        for requests, length in tqdm(cases, desc=f"attention, {layer}", unit="case"):
+            attention.batch(requests, length)
+            arms = {
+                "base": attention.arm(base_decode, 8),
+                "fork": attention.arm(fork_decode, most_splits(requests)),
+            }
+            for arm, calls in arms.items():
+                attention.check(arm, calls)
+            case = {"layer": layer, "tokens each": length, "requests": requests}
+            for arm, samples in _time(arms, args.replays).items():
+                results.add(case, arm, "attention", "us", samples)
+            moved = [round(attention.bytes() / rate, 3)]
+            results.add(case, "bytes", "attention", "us", moved)
+        del attention
+        results.save(path)
+
+    print(f"wrote {results.save(path)}")
+    for metric in ("time", "time with projection", "attention"):
+        print(f"\n{table(results, metric)}")
+    ratios = [
+        record.median / results.get(record.case, "base", record.metric).median
+        for record in results.select("fork")
+    ]
+    print(
+        f"\nfork: {min(ratios):.2f} to {max(ratios):.2f} of the base's time, "
+        f"median {statistics.median(ratios):.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""What stands between attention and the feedforward branches of a Gemma 4 MoE layer,
+fused, against a float64 oracle.
+
+On CUDA where there is a GPU, else on CPU tensors in Triton's interpreter.
+"""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# Set for this module alone: servers that other tests start must not inherit it.
+INTERPRET = {} if CUDA else {"TRITON_INTERPRET": "1"}
+with mock.patch.dict(os.environ, INTERPRET):
+    import sglang.srt.layers.gemma4_fused_ops as ops
+
+    ops = importlib.reload(ops)
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
+
+from checkpoint import write_checkpoint  # noqa: E402
+
+from sglang.test.ci.ci_register import (  # noqa: E402
+    register_cpu_ci,
+    register_cuda_ci,
+)
+
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+register_cuda_ci(est_time=30, suite="stage-b-test-1-gpu-small")
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+EPS = (1e-6, 2e-6, 3e-6, 4e-6)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+# Deselected by the marker where there is a conftest that does so, else skipped.
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpret():
+    with mock.patch.dict(os.environ, INTERPRET):
+        yield
+
+
+def _inputs(M, N, dtype, seed=0, scale=1.0):
+    """x and residual, each a part of wider rows, and the four weights."""
+    rng = np.random.default_rng(seed)
+
+    def tensor(*shape):
+        values = torch.from_numpy(rng.standard_normal(shape) * scale)
+        return torch.empty(shape, dtype=dtype, device=DEVICE).copy_(values)
+
+    x, residual = tensor(M, N + 3)[:, 1:-2], tensor(M, N + 5)[:, 4:-1]
+    return x, residual, [tensor(N) for _ in range(4)]
+
+
+def _norm(x, eps):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
+
+
+def _check(x, residual, weights):
+    """Compares step by step, each from what the kernel itself stored before it, so
+    that every output may differ by the rounding of its own steps alone."""
+    dtype = x.dtype
+    unit = torch.finfo(dtype).eps / 2
+    if not CUDA and dtype == torch.bfloat16:
+        unit *= 2  # the interpreter truncates
+    before_x, before = x.clone(), residual.clone()
+    outputs = ops.gemma_pre_feedforward_rmsnorms(x, residual, *weights, *EPS)
+    assert torch.equal(x, before_x)
+    for output in outputs:
+        assert (output.dtype, output.shape) == (dtype, x.shape)
+        assert output.is_contiguous()
+
+    def double(tensor):
+        return tensor.double().cpu().numpy()
+
+    post, mlp, router, moe = map(double, weights)
+    exact = _norm(double(x), EPS[0]) * post
+    summed = double(before) + exact
+    sizes = unit * abs(exact) + 3e-6 * (abs(exact) + abs(double(before)))
+    # 3e-6 is the float32 arithmetic's; tiny is what denormals may lose.
+    tiny = 2.0**-24 if dtype == torch.float16 else 1e-30
+    got = double(residual)
+    allowed = sizes + unit * abs(summed) + tiny
+    assert (abs(got - summed) <= 1.02 * allowed).all()
+
+    # The MLP's norm reads the sum before it is rounded, the others after.
+    for output, weight, eps, source, roundings in [
+        (outputs[0], mlp, EPS[1], summed, 2),
+        (outputs[1], router, EPS[2], got, 2),
+        (outputs[2], moe, EPS[3], got, 1),
+    ]:
+        exact = _norm(source, eps) * weight
+        allowed = (roundings * unit + 6e-6) * abs(exact) + 2 * tiny
+        if output is outputs[0]:
+            rms = np.sqrt((source**2).mean(axis=-1, keepdims=True) + eps)
+            allowed += (sizes + tiny) * abs(weight) / rms
+        assert (abs(double(output) - exact) <= 1.05 * allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "M, N", [(0, 64), (1, 2816), (3, 2816), (2, 2048), (5, 1), (4, 130)]
+)
+def test_shapes(M, N, dtype):
+    _check(*_inputs(M, N, dtype))
+
+
+@pytest.mark.parametrize(
+    "M, N",
+    [
+        pytest.param(M, N, marks=NEEDS_GPU)
+        for M, N in [(80, 2816), (8192, 2816), (1000, 5376), (70000, 2816)]
+    ],
+)
+def test_long_shapes(M, N):
+    _check(*_inputs(M, N, torch.bfloat16))
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    M=st.integers(0, 4),
+    N=st.integers(1, 600),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.sampled_from([1e-3, 1.0, 1e2]),
+)
+def test_any_shape(M, N, dtype, seed, scale):
+    _check(*_inputs(M, N, dtype, seed, scale))
+
+
+def test_rows_do_not_mix():
+    x, residual, weights = _inputs(4, 100, torch.float32)
+    x[1] = float("nan")
+    residual[2, 7] = float("inf")
+    outputs = ops.gemma_pre_feedforward_rmsnorms(x, residual, *weights, *EPS)
+    for output in (residual, *outputs):
+        finite = torch.isfinite(output).all(dim=-1)
+        assert finite.tolist() == [True, False, False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("M", [1, 8, 80, 8192])
+def test_as_the_five_kernels(M):
+    """Equal to what the layer launched before, but for single roundings."""
+    from sgl_kernel import fused_add_rmsnorm, rmsnorm
+
+    x, residual, weights = _inputs(M, 2816, torch.bfloat16)
+    x, residual = x.contiguous(), residual.contiguous()
+    post, mlp, router, moe = weights
+    summed = residual.clone()
+    hidden = rmsnorm(x, post, EPS[0])
+    fused_add_rmsnorm(hidden, summed, mlp, EPS[1])
+    ones = torch.ones_like(router)
+    expected = [
+        *(summed, hidden, rmsnorm(summed, ones, EPS[2]) * router),
+        rmsnorm(summed, moe, EPS[3]),
+    ]
+    outputs = ops.gemma_pre_feedforward_rmsnorms(x, residual, *weights, *EPS)
+    for got, want in zip((residual, *outputs), expected):
+        assert (got != want).float().mean() < 0.01
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=1e-6)
+
+
+class _OnCuda(torch.Tensor):
+    """Stands for the GPU that the model's tensors are not on."""
+
+    is_cuda = True
+
+
+def _branch_inputs(folder: str, port: int) -> list:
+    """What the branches of each layer of a checkpoint read, and its output: with the
+    CPU's norms, and fused."""
+    from safetensors.torch import load_file
+
+    from sglang.srt.distributed import (
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.models import gemma4_causal
+    from sglang.srt.server_args import (
+        ServerArgs,
+        set_global_server_args_for_scheduler,
+    )
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    server_args = ServerArgs(model_path="dummy", device="cpu")
+    set_global_server_args_for_scheduler(server_args)
+    init_distributed_environment(
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method=f"tcp://127.0.0.1:{port}",
+        backend="gloo",
+    )
+    initialize_model_parallel()
+    initialize_moe_config(server_args)
+    config = get_config(folder, trust_remote_code=False)
+    model = gemma4_causal.Gemma4ForCausalLM(config)
+    weights = load_file(os.path.join(folder, "model.safetensors"))
+    model.load_weights(weights.items())
+
+    torch.manual_seed(0)
+    layers = []
+    for layer in model.model.layers:
+        hidden_states = torch.randn(7, config.hidden_size)
+        attended = torch.randn(7, config.hidden_size)
+        found = {}
+        for name, kind in [("torch", torch.Tensor), ("fused", _OnCuda)]:
+            seen = {}
+
+            def mlp(x):
+                seen["mlp"] = x.as_subclass(torch.Tensor).clone()
+                return torch.tanh(seen["mlp"])
+
+            def moe(x, logits):
+                seen["moe"] = x.as_subclass(torch.Tensor).clone()
+                seen["logits"] = logits.as_subclass(torch.Tensor).clone()
+                return torch.sin(seen["moe"])
+
+            fused = mock.Mock(wraps=gemma4_causal.gemma_pre_feedforward_rmsnorms)
+            with mock.patch.object(
+                layer.self_attn, "forward", lambda **_: attended.as_subclass(kind)
+            ), mock.patch.object(layer.mlp, "forward", mlp), mock.patch.object(
+                layer.moe, "forward", moe
+            ), mock.patch.object(
+                gemma4_causal, "gemma_pre_feedforward_rmsnorms", fused
+            ), torch.no_grad():
+                output, _ = layer(None, hidden_states.clone(), None, None)
+            seen["output"] = output.as_subclass(torch.Tensor)
+            found[name] = {key: value.numpy() for key, value in seen.items()}
+            found[name, "calls"] = fused.call_count
+        layers.append(found)
+    return layers
+
+
+def test_layers_as_with_torch(tmp_path):
+    folder = tmp_path / "tiny"
+    write_checkpoint(folder, "tiny", text_only=True, dtype="float32")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = {"TRITON_INTERPRET": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(
+        1, mp_context=spawn
+    ) as pool:
+        layers = pool.submit(_branch_inputs, str(folder), port).result()
+
+    for layer in layers:
+        assert (layer["torch", "calls"], layer["fused", "calls"]) == (0, 1)
+        assert layer["fused"].keys() == {"mlp", "moe", "logits", "output"}
+        for key, expected in layer["torch"].items():
+            np.testing.assert_allclose(
+                layer["fused"][key], expected, rtol=1e-4, atol=1e-4
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
