@@ -168,7 +168,7 @@ def _try_hunk(git: Git, hunk: Hunk) -> None:
         named = [path for path in files if path.endswith(f"/{name}")]
         moved = f", {' and '.join(named)} has its name" * bool(named)
         hunk.state = f"the file is gone{moved}"
-    elif "@@" not in hunk.text:
+    elif "@@" not in hunk.text or "\n@@ -0,0 " in hunk.text:
         hunk.state = "the file is there already, or is another"
     else:
         old = _lines(git("show", f"{OLDER}:{hunk.file}"))

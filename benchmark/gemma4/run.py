@@ -1,0 +1,524 @@
+"""Serve Gemma 4 with several arms in turn and send each the same loads.
+
+    python benchmark/gemma4/run.py --name serving-h200
+    python benchmark/gemma4/run.py --arms base,fork --loads chat,stream --mtp off,2.75
+    python benchmark/gemma4/run.py --arms fork --upto 0005 --arm "ratio=--swa-full-tokens-ratio 0.8"
+    python benchmark/gemma4/run.py --arm vllm@/opt/vllm/bin/python --arms fork
+    python benchmark/gemma4/run.py --shape tiny --loads chat --arms base,fork
+
+An arm is `base`, `fork`, `base+NNNN`, NAME=FLAGS or NAME@WHERE=FLAGS, as serving.py
+says. The first arm is what the others are compared with. The arms take turns, A B A B,
+once a repeat; each turn starts the arm's server anew, runs every load once through
+SGLang's own bench_serving, and stops it. What was measured is written after each load:
+the same command goes on where it was interrupted, and a larger --repeats adds samples.
+
+With MTP the draft model is random too, so the number of accepted tokens is simulated
+(--mtp 2.75: a verify step yields 2.75 tokens on average) and the accepted ids are
+random; draft and verify run in full. A checkpoint folder without weights is served with
+random ones; plugin/gemma4_house.py says how, the same for each arm.
+"""
+
+import argparse
+import dataclasses
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import serving  # noqa: E402
+from pool_usage import NUMBERS  # noqa: E402
+from results import FOLDER, Results, load, table  # noqa: E402
+from serving import Arm, Client, HouseError, Server, Setup  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is sent: prompts of `input` tokens, each answered with `output` tokens."""
+
+    input: int
+    output: int
+    prompts: int
+    at_once: Optional[int] = None
+    groups: int = 0  # of prompts that share 8/9 of their input
+
+    def scaled(self, prompts: int, input: int, output: int) -> "Load":
+        """With at most so many prompts, and input and output divided."""
+        return dataclasses.replace(
+            self,
+            prompts=min(self.prompts, prompts),
+            input=max(self.input // input, 1),
+            output=max(self.output // output, 1),
+            groups=min(self.groups, prompts // 2),
+        )
+
+    def title(self, name: str) -> str:
+        title = f"{name} {self.input}/{self.output}, {self.prompts} prompts"
+        if self.groups:
+            title += f" in {self.groups} groups"
+        if self.at_once:
+            title += (
+                ", one at a time" if self.at_once == 1 else f", {self.at_once} at once"
+            )
+        return title
+
+    def arguments(self) -> List[str]:
+        """Of bench_serving."""
+        if self.groups:
+            shared = self.input * 8 // 9
+            numbers = {
+                "gsp-num-groups": self.groups,
+                "gsp-prompts-per-group": self.prompts // self.groups,
+                "gsp-system-prompt-len": shared,
+                "gsp-question-len": self.input - shared,
+                "gsp-output-len": self.output,
+            }
+            dataset = "generated-shared-prefix"
+        else:
+            numbers = {
+                "random-input-len": self.input,
+                "random-output-len": self.output,
+                "random-range-ratio": 1.0,
+                "num-prompts": self.prompts,
+            }
+            dataset = "random-ids"
+        if self.at_once:
+            numbers["max-concurrency"] = self.at_once
+        flags = [part for k, v in numbers.items() for part in (f"--{k}", str(v))]
+        return ["--dataset-name", dataset, *flags]
+
+
+LOADS = {
+    "summarization": Load(8000, 1000, 80),
+    "chat": Load(1000, 1000, 80),
+    "stream": Load(1000, 400, 2, at_once=1),
+    "prefill": Load(8000, 1, 8, at_once=1),
+    "shared-prefix": Load(4500, 500, 80, groups=8),
+    "long": Load(65536, 200, 4, at_once=2),
+}
+WARMUP = 2
+# A name, its unit, and bench_serving's name with the factor to that unit.
+METRICS = {
+    "output": ("tok/s", "output_throughput", 1),
+    "mean TTFT": ("s", "mean_ttft_ms", 1e-3),
+    "median TTFT": ("s", "median_ttft_ms", 1e-3),
+    "mean TPOT": ("ms", "mean_tpot_ms", 1),
+    "median TPOT": ("ms", "median_tpot_ms", 1),
+    "p99 ITL": ("ms", "p99_itl_ms", 1),
+    "duration": ("s", "duration", 1),
+}
+HIGHER_IS_BETTER = ("output",)
+SUMMARY = ("output", "mean TTFT", "median TTFT", "median TPOT")
+FLUSHED = "Cache flushed successfully"
+CLIENT = f"--random-range-ratio 1.0 --warmup-requests {WARMUP} --flush-cache"
+
+
+@dataclasses.dataclass
+class Turn:
+    """One start of one arm's server: the loads it still has to run."""
+
+    repeat: int
+    arm: Arm
+    mtp: str
+    loads: List[str]
+
+
+def mtp_title(mtp: str) -> str:
+    return mtp if mtp == "off" else f"{mtp} accepted"
+
+
+class Run:
+    def __init__(self, args: argparse.Namespace, results: Results, arms: List[Arm]):
+        self.args, self.results, self.arms = args, results, arms
+        self.path = args.out / f"{args.name}.json"
+        self.logs = args.logs / args.name
+        self.seconds: Dict[tuple, float] = {}
+
+    def case(self, name: str, mtp: str) -> dict:
+        return {"load": self.args.chosen[name].title(name), "mtp": mtp_title(mtp)}
+
+    def turns(self) -> List[Turn]:
+        """What is missing, in the order in which it is to be measured."""
+        turns = []
+        for repeat in range(self.args.repeats):
+            for mtp in self.args.mtp:
+                for arm in self.arms:
+                    missing = []
+                    for name in self.args.chosen:
+                        record = self.results.get(
+                            self.case(name, mtp), arm.name, "output"
+                        )
+                        if record is None or len(record.samples) <= repeat:
+                            missing.append(name)
+                    if missing:
+                        turns.append(Turn(repeat, arm, mtp, missing))
+        return turns
+
+    def setup(self, mtp: str) -> Setup:
+        longest = max(load.input + load.output for load in self.args.chosen.values())
+        on = mtp != "off"
+        return Setup(
+            self.args.model,
+            self.args.port,
+            context=max(self.args.context, longest + 64),
+            draft=self.args.draft if on else None,
+            accepted=float(mtp) if on else 0.0,
+            requests=max(load.prompts for load in self.args.chosen.values()),
+            flags=shlex.split(self.args.flags),
+        )
+
+    def measure(self) -> List[str]:
+        """Takes every turn that is missing; returns what went wrong in any."""
+        turns = self.turns()
+        failures: Dict[tuple, str] = {}
+        self.steps = sum(1 + len(turn.loads) for turn in turns)
+        self.done = 0
+        if not turns:
+            print("All of it is measured already.")
+        with tqdm(total=self.steps, unit="step", disable=None) as self.bar:
+            for position, turn in enumerate(turns):
+                if (turn.arm.name, turn.mtp) in failures:
+                    continue
+                try:
+                    self._take(turn, turns[position + 1 :])
+                except HouseError as e:
+                    # The other arms may well serve; what they give is kept.
+                    failures[turn.arm.name, turn.mtp] = str(e)
+        return list(failures.values())
+
+    def _take(self, turn: Turn, later: List[Turn]) -> None:
+        mtp = "" if turn.mtp == "off" else f"-mtp{turn.mtp}"
+        stem = f"{turn.repeat + 1}-{turn.arm.name}{mtp}".replace(" ", "_")
+        server = Server(
+            turn.arm, self.setup(turn.mtp), self.logs / f"{stem}.server.log"
+        )
+        with Client(self.logs / f"{stem}.client.log").running() as client:
+            self.bar.set_description(f"{turn.arm.name}: starting")
+            with server.running(self.args.start_timeout):
+                self.seconds["start", turn.arm.name, turn.mtp] = server.seconds
+                self._say(
+                    f"{turn.arm.name} {turn.arm.version}, MTP {mtp_title(turn.mtp)}: "
+                    f"up in {server.seconds:.0f} s"
+                )
+                for i, name in enumerate(turn.loads):
+                    self.bar.set_description(f"{turn.arm.name}: {name}")
+                    start = time.monotonic()
+                    said = self._send(turn, name, server, client)
+                    key = (name, turn.arm.name, turn.mtp)
+                    self.seconds[key] = time.monotonic() - start
+                    rest = self._left(turn, turn.loads[i + 1 :], later)
+                    self._say(
+                        f"{turn.arm.name}, {self.case(name, turn.mtp)['load']}: {said} "
+                        f"({self.seconds[key]:.0f} s{rest})"
+                    )
+
+    def _say(self, message: str) -> None:
+        self.done += 1
+        self.bar.update()
+        tqdm.write(f"[{self.done}/{self.steps}] {message}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def _left(self, turn: Turn, loads: List[str], later: List[Turn]) -> str:
+        """How long what is left takes, once each kind of step was seen on some arm."""
+        steps = [(name, turn.arm.name, turn.mtp) for name in loads]
+        for other in later:
+            steps += [(name, other.arm.name, other.mtp) for name in other.loads]
+            steps.append(("start", other.arm.name, other.mtp))
+        total = 0.0
+        for step in steps:
+            alike = [v for k, v in self.seconds.items() if k[0] == step[0]]
+            if not alike:
+                return ""
+            total += self.seconds.get(step, max(alike))
+        return f"; about {total / 60:.0f} min left" if total else ""
+
+    def _send(self, turn: Turn, name: str, server: Server, client: Client) -> str:
+        chosen = self.args.chosen[name]
+        # vLLM's prefix cache lives as long as its server, so that no load may repeat
+        # another's prompts; those of a load are the same in each arm.
+        seed = self.args.seed + turn.repeat * len(LOADS) + list(LOADS).index(name)
+        backend = "sglang" if turn.arm.engine == "sglang" else "vllm"
+        arguments = ["--backend", backend, "--host", serving.HOST]
+        arguments += ["--port", str(self.args.port), "--model", str(self.args.model)]
+        arguments += [*chosen.arguments(), "--seed", str(seed), "--disable-tqdm"]
+        arguments += ["--warmup-requests", str(WARMUP), "--flush-cache"]
+        before = server.log.stat().st_size
+        result = client.send(arguments, server, self.args.load_timeout)
+        if result["completed"] != chosen.prompts:
+            raise HouseError(
+                f"{turn.arm.name} answered {result['completed']} of {chosen.prompts} "
+                f"requests of {name}: see {client.log} and {server.log}."
+            )
+        case = self.case(name, turn.mtp)
+        values = {
+            metric: (unit, result[key] * factor)
+            for metric, (unit, key, factor) in METRICS.items()
+            if "TPOT" not in metric and "ITL" not in metric or chosen.output > 1
+        }
+        values.update(self._logged(server, before))
+        if turn.mtp != "off" and result.get("accept_length"):
+            values["accepted"] = ("tokens a step", result["accept_length"])
+        for metric, (unit, value) in values.items():
+            self.results.append(case, turn.arm.name, metric, unit, round(value, 5))
+        self.results.save(self.path)
+        shown = {m: self.results.get(case, turn.arm.name, m) for m in SUMMARY}
+        return ", ".join(
+            f"{metric} {record.samples[-1]:.4g} {record.unit}"
+            for metric, record in shown.items()
+            if record and metric != "median TTFT"
+        )
+
+    def _logged(self, server: Server, before: int) -> Dict[str, tuple]:
+        """Retractions and prefilled tokens since the cache was flushed."""
+        with open(server.log, errors="replace") as log:
+            log.seek(before)
+            text = log.read().rpartition(FLUSHED)[2]
+        if server.arm.engine != "sglang":
+            return {}
+        units = {
+            "retractions": ("requests", NUMBERS["retracted"]),
+            "prompt tokens prefilled": ("tokens", NUMBERS["prefilled"]),
+        }
+        return {
+            metric: (unit, sum(map(int, re.findall(pattern, text))))
+            for metric, (unit, pattern) in units.items()
+        }
+
+
+def summary(results: Results) -> str:
+    """The tables a person reads: medians, and each arm against the first."""
+    parts = []
+    arms = results.arms()
+    for mtp in dict.fromkeys(record.case["mtp"] for record in results.records):
+        for metric in SUMMARY:
+            if any(results.select(metric=metric, mtp=mtp)):
+                against = arms[0] if len(arms) > 1 else None
+                shown = table(results, metric, against=against, mtp=mtp)
+                parts.append(f"MTP {mtp}, {metric}\n\n{shown}")
+    return "\n\n".join(parts)
+
+
+def chosen_loads(args: argparse.Namespace) -> Dict[str, Load]:
+    chosen = {}
+    for name in args.loads:
+        load = LOADS[name]
+        if args.quick:
+            load = load.scaled(prompts=16, input=1, output=10)
+        if args.shape == "tiny":
+            load = load.scaled(prompts=8, input=32, output=32)
+        chosen[name] = load
+    return chosen
+
+
+def prepare_model(args: argparse.Namespace) -> None:
+    """Writes the shape's folders where they are needed, into the cache."""
+    from checkpoint import CheckpointError, write_checkpoint
+
+    if args.model:
+        serving.check_model(args.model)
+        if args.draft:
+            serving.check_model(args.draft, "--draft")
+        elif args.mtp != ["off"]:
+            raise HouseError("With --model, MTP needs the draft's folder: --draft.")
+        args.model, args.draft = (p and p.resolve() for p in (args.model, args.draft))
+        return
+    tiny = args.shape == "tiny"
+    suffix = "" if tiny else "-no-weights"
+    args.model = serving.CACHE / f"gemma-4-{args.shape}{suffix}"
+    drafts = [] if args.mtp == ["off"] else [True]
+    try:
+        for assistant in (False, *drafts):
+            folder = args.model
+            if assistant:
+                folder = args.draft = folder.with_name(f"{folder.name}-draft")
+            if not (folder / "config.json").exists():
+                write_checkpoint(folder, args.shape, assistant=assistant, weights=tiny)
+    except CheckpointError as e:
+        raise HouseError(str(e)) from None
+
+
+def prepare_results(args: argparse.Namespace, arms: List[Arm]) -> Results:
+    """The result file to add to: what is there, if it is of the same measurement."""
+    weights = "loaded" if serving.has_weights(args.model) else "drawn"
+    settings = {
+        "model": args.model.name,
+        "weights": weights,
+        "server": args.flags,
+        "client": CLIENT,
+        "seed": args.seed,
+        "context": args.context,
+    }
+    described = {arm.name: arm.describe() for arm in arms}
+    path = args.out / f"{args.name}.json"
+    if not path.exists():
+        where = "" if serving.has_gpu() else ", on a CPU"
+        kind = (
+            "random weights" if weights == "drawn" or not args.real else "its weights"
+        )
+        title = f"Gemma 4 {args.title} with {kind}{where}"
+        results = Results.start("serving", args.name, title, **settings, arms=described)
+        for note in notes(args, arms, weights):
+            results.notes.append(note)
+        return results
+    try:
+        results = load(path)
+    except (OSError, ValueError) as e:
+        raise HouseError(f"{e}; give another --name.") from None
+    known = results.settings.setdefault("arms", {})
+    differing = [k for k, v in settings.items() if results.settings.get(k) != v]
+    for name, arm in described.items():
+        if name in known:
+            old, new = dict(known[name]), dict(arm)
+            old.pop("version"), new.pop("version")
+            if old != new:
+                differing.append(name)
+    if differing:
+        raise HouseError(
+            f"{path} was measured otherwise ({', '.join(differing)} differ): give "
+            "another --name, or remove it."
+        )
+    known.update(described)
+    for note in notes(args, arms, weights):
+        if note not in results.notes:
+            results.notes.append(note)
+    return results
+
+
+def notes(args: argparse.Namespace, arms: List[Arm], weights: str) -> List[str]:
+    found = []
+    if weights == "drawn":
+        found.append(
+            "Random weights, drawn by each server: N(0, 0.02) for matrices, ones elsewhere."
+        )
+    if args.mtp != ["off"]:
+        found.append(
+            "MTP: a random draft model of 3 tokens; the number of accepted tokens is "
+            "simulated, and the accepted ids are random (vLLM's are its draft's own)."
+        )
+        if any(arm.name.startswith("base") for arm in arms):
+            found.append(
+                "The release does not run Gemma 4's MTP by itself: a class for the "
+                "draft's config and an empty draft input were added as it ran."
+            )
+    if f"base+{serving.CPU_BLOCKERS}" in [arm.name for arm in arms]:
+        found.append(
+            f"base+{serving.CPU_BLOCKERS} is the release with the first two patches, "
+            "without which it does not serve on a CPU."
+        )
+    return found
+
+
+def parse(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def listed(known):
+        def parse_list(text: str) -> List[str]:
+            names = [name.strip() for name in text.split(",") if name.strip()]
+            for name in names:
+                if known and name not in known:
+                    raise argparse.ArgumentTypeError(
+                        f"{name!r} is none of {', '.join(known)}"
+                    )
+            return names
+
+        return parse_list
+
+    def mtp(text: str) -> List[str]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name != "off" and not 1 <= float(name) <= serving.DRAFTED + 1:
+                raise ValueError
+        return names
+
+    parser.add_argument("--name", default="serving", help="of the result file")
+    parser.add_argument("--shape", default="26b-a4b", help="of random weights")
+    parser.add_argument("--model", type=Path, help="a checkpoint, instead of --shape")
+    parser.add_argument("--draft", type=Path, help="its MTP draft's checkpoint")
+    parser.add_argument(
+        "--arms", type=listed(()), metavar="A,B", help="default: base,fork"
+    )
+    parser.add_argument("--arm", action="append", default=[], metavar="ARM")
+    parser.add_argument(
+        "--upto", action="append", default=[], metavar="NNNN", help="same as base+NNNN"
+    )
+    parser.add_argument(
+        *("--loads", "--load"),
+        **dict(type=listed(LOADS), metavar="A,B", help=", ".join(LOADS)),
+        default=["summarization", "chat", "stream", "prefill"],
+    )
+    parser.add_argument(
+        "--mtp",
+        type=mtp,
+        default=["off"],
+        help="off, or accepted tokens a step; a list",
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="small numbers")
+    parser.add_argument("--flags", default="", help="more for every SGLang server")
+    parser.add_argument("--context", type=int, help="at least; default 16384")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--start-timeout", type=float, default=900, metavar="SECONDS")
+    parser.add_argument("--load-timeout", type=float, default=1800, metavar="SECONDS")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of results")
+    parser.add_argument("--logs", type=Path, default=serving.CACHE / "logs")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw SVGs there")
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse(argv)
+    with serving.reported("run.py"):
+        from checkpoint import SHAPES
+
+        args.real = bool(args.model and serving.has_weights(args.model))
+        if not args.model and args.shape not in SHAPES:
+            raise HouseError(f"--shape {args.shape} is none of {', '.join(SHAPES)}.")
+        if not serving.has_gpu():
+            if args.shape != "tiny" and not args.model:
+                raise HouseError(
+                    "This machine has no GPU that torch can use; --shape tiny is what "
+                    "a CPU serves."
+                )
+            if args.mtp != ["off"]:
+                raise HouseError("MTP needs a GPU: leave --mtp off.")
+        serving.check_port(args.port)
+        args.logs = args.logs.resolve()
+        args.title = args.model.name if args.model else args.shape
+        args.context = args.context or (4096 if args.shape == "tiny" else 16384)
+        args.chosen = chosen_loads(args)
+        prepare_model(args)
+        given = args.arms or ([] if args.arm or args.upto else ["base", "fork"])
+        given += [f"base+{number}" for number in args.upto] + args.arm
+        arms = [serving.parse_arm(text) for text in given]
+        for arm in arms:
+            arm.probe()
+            note = f", PYTHONPATH {':'.join(arm.path)}" if arm.path else ""
+            print(f"{arm.name}: {arm.engine} in {Path(arm.file).parent}{note}")
+        if len({arm.name for arm in arms}) < len(arms):
+            raise HouseError("Two arms have one name.")
+        results = prepare_results(args, arms)
+        run = Run(args, results, arms)
+        results.save(
+            run.path
+        )  # now, rather than after an hour, if it cannot be written
+        failures = run.measure()
+        if results.records:
+            print(f"\n{summary(results)}\n\nwrote {run.path}; logs in {run.logs}")
+        if results.records and args.plot:
+            from plot import draw
+
+            for picture in draw(results, args.plot):
+                print(picture)
+        if failures:
+            raise HouseError(" Also: ".join(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Train a small Gemma-4 MoE on tasks that need the window, the full layers, the experts.
+
+    python benchmark/gemma4/trained.py OUT
+
+Every prompt ends amid a chain of questions and answers, each the only right one, which
+the model is to go on with:
+
+recall  A record, one token, names a key and its value; thousands of tokens later the
+        keys are asked for in order. Only the full layers see that far.
+local   A record of a key lies just inside the window of the question about it, and one
+        token farther, outside, lies another of the same key with another value. A
+        window that is one token too wide sees both, one too narrow sees neither.
+facts   A table of random values, learned by heart, which is what experts are for.
+mixed   All three chains follow the records, and a recall chain ends the prompt.
+
+Training sees a few hundred tokens at a time. Where a prompt has thousands of fillers,
+a training sequence leaves them out, and only its positions jump.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import checkpoint as factory  # noqa: E402
+import serving  # noqa: E402
+
+WINDOW = 32
+SHAPE = dataclasses.replace(
+    factory.SHAPES["tiny"],
+    text={
+        **factory.SHAPES["tiny"].text,
+        "num_hidden_layers": 6,
+        "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+        "num_global_key_value_heads": 2,
+        "top_k_experts": 8,
+        "sliding_window": WINDOW,
+        "final_logit_softcapping": 30.0,
+    },
+)
+PAIRS = 8  # questions of a chain
+KEYS, LOCAL_KEYS, VALUES = 16, 16, 8
+FACT_ROWS, FACT_COLUMNS = 16, 32
+FILLERS = 200
+
+# Where each kind of token begins in the vocabulary.
+_START = factory.FIRST_TEXT_TOKEN
+RECORD = _START
+LOCAL_RECORD = RECORD + KEYS * VALUES
+QUESTION = LOCAL_RECORD + LOCAL_KEYS * VALUES
+LOCAL_QUESTION = QUESTION + KEYS
+ANSWER = LOCAL_QUESTION + LOCAL_KEYS
+FACT_ROW = ANSWER + VALUES
+FACT_COLUMN = FACT_ROW + FACT_ROWS
+FILLER = FACT_COLUMN + FACT_COLUMNS
+assert FILLER + FILLERS <= min(SHAPE.multimodal_ids.values())
+
+TASKS = ("recall", "local", "facts", "mixed")
+RECIPE = {"version": 1, "steps": 1000, "batch": 16, "length": 256, "seed": 0}
+FACTS = [
+    [random.Random(1000 * a + b).randrange(VALUES) for b in range(FACT_COLUMNS)]
+    for a in range(FACT_ROWS)
+]
+
+
+class Writer:
+    """Writes a sequence: its tokens, which of them can be foretold, and its positions."""
+
+    def __init__(self, generator: random.Random):
+        self.random = generator
+        self.tokens = [factory.BOS]
+        self.certain = [False]
+        self.positions = [0]
+        self.values = [generator.randrange(VALUES) for _ in range(KEYS)]
+        self.known = range(0)
+
+    def add(self, token: int, certain: bool = False) -> None:
+        self.tokens.append(token)
+        self.certain.append(certain)
+        self.positions.append(self.positions[-1] + 1)
+
+    def fill(self, count: int) -> None:
+        for _ in range(count):
+            self.add(FILLER + self.random.randrange(FILLERS))
+
+    def jump(self, count: int) -> None:
+        """As many fillers, most of them left out."""
+        self.fill(WINDOW)
+        self.positions[-1] += count
+        self.fill(WINDOW)
+
+    def records(self, fillers: int, keys: int = KEYS) -> None:
+        """The records of so many successive keys, in any order, with fillers among them."""
+        first = self.random.randrange(KEYS)
+        self.known = range(first, first + keys)
+        order = [*self.known] + [None] * fillers
+        self.random.shuffle(order)
+        for key in order:
+            if key is None:
+                self.fill(1)
+            else:
+                self.add(RECORD + key % KEYS * VALUES + self.values[key % KEYS])
+
+    def recall(self) -> None:
+        first = self.random.choice(self.known[: len(self.known) - PAIRS + 1])
+        for i in range(PAIRS):
+            key = (first + i) % KEYS
+            self.add(QUESTION + key, certain=i > 0)
+            self.add(ANSWER + self.values[key], certain=True)
+
+    def local(self, edge: bool = True) -> None:
+        first = self.random.randrange(LOCAL_KEYS)
+        keys = [(first + i) % LOCAL_KEYS for i in range(PAIRS)]
+        values = [self.random.randrange(VALUES) for _ in keys]
+        for key, value in zip(keys, values):
+            if edge:
+                other = (value + 1 + self.random.randrange(VALUES - 1)) % VALUES
+                self.add(LOCAL_RECORD + key * VALUES + other)
+            else:
+                self.fill(1)
+            self.add(LOCAL_RECORD + key * VALUES + value)
+        # The first question is WINDOW - 1 tokens after the first record, and so on.
+        far = WINDOW - 2 * PAIRS
+        self.fill(far if edge else self.random.randrange(far + 1))
+        for i, (key, value) in enumerate(zip(keys, values)):
+            self.add(LOCAL_QUESTION + key, certain=i > 0)
+            self.add(ANSWER + value, certain=True)
+
+    def facts(self) -> None:
+        row = self.random.randrange(FACT_ROWS)
+        first = self.random.randrange(FACT_COLUMNS)
+        for i in range(PAIRS):
+            column = (first + i) % FACT_COLUMNS
+            self.add(FACT_ROW + row, certain=i > 0)
+            self.add(FACT_COLUMN + column, certain=i > 0)
+            self.add(ANSWER + FACTS[row][column], certain=True)
+
+    def chain(self, task: str) -> None:
+        getattr(self, task)()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt and the only right way to go on with it."""
+
+    task: str
+    tokens: List[int]
+    answer: List[int]
+
+
+def prompt(task: str, seed: int, fillers: int) -> Prompt:
+    """The prompt of this seed, with so many fillers between records and question."""
+    writer = Writer(random.Random(f"{task}-{seed}"))
+    writer.records(KEYS)
+    writer.fill(fillers)
+    if task == "mixed":
+        for other in ("facts", "local"):
+            writer.chain(other)
+            writer.fill(WINDOW)
+    begin = len(writer.tokens)
+    writer.chain("recall" if task == "mixed" else task)
+    first = writer.certain.index(True, begin)
+    return Prompt(task, writer.tokens[:first], writer.tokens[first:])
+
+
+def training_sequence(generator: random.Random, length: int) -> Writer:
+    writer = Writer(generator)
+    # One record among many, far away, is hard to find as long as none is found. So half
+    # of the sequences have few, and ask for them at once, where every layer sees them.
+    few = generator.random() < 0.5
+    writer.records(generator.randrange(16), PAIRS if few else KEYS)
+    if few:
+        writer.recall()
+    if generator.random() < 0.75:
+        writer.jump(generator.randrange(6000))
+    while len(writer.tokens) < length:
+        task = generator.choice(("recall", "recall", "local", "local", "facts"))
+        if task == "local":
+            writer.local(edge=generator.random() < 0.6)
+        else:
+            writer.chain(task)
+        if generator.random() < 0.3:
+            writer.fill(generator.randrange(8))
+    for part in (writer.tokens, writer.certain, writer.positions):
+        del part[length:]
+    return writer
+
+
+def _masks(length: int, device: str) -> Dict[str, torch.Tensor]:
+    """transformers' own masks would take a jump of the positions for another text."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+    sliding = (distance >= 0) & (distance < WINDOW)
+    return {
+        "full_attention": (distance >= 0)[None, None].to(device),
+        "sliding_attention": sliding[None, None].to(device),
+    }
+
+
+def build():
+    """The model, freshly initialized, in float32 on the CPU."""
+    from transformers import Gemma4ForConditionalGeneration
+
+    torch.manual_seed(RECIPE["seed"])
+    config = factory._target_config(SHAPE, False, "float32")
+    model = Gemma4ForConditionalGeneration._from_config(
+        config, attn_implementation="sdpa", experts_implementation="eager"
+    )
+    for name, weight in model.model.language_model.named_parameters():
+        if name.endswith("q_norm.weight"):
+            # Scores are not scaled by the head's size: at ones, attention would begin
+            # with one random token each, and nothing could be learned from the rest.
+            weight.data.fill_(weight.numel() ** -0.5)
+    return model
+
+
+def train(model, steps: int, device: str, watch=None) -> List[float]:
+    """Trains in place; returns the loss of each step."""
+    text, head = model.model.language_model.to(device), model.lm_head.to(device)
+    parameters = list(text.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=3e-3, betas=(0.9, 0.98), weight_decay=0
+    )
+
+    def rate(step: int) -> float:
+        """Up at once, down over the last third: recall is learned late, and suddenly."""
+        return min(1.0, (step + 1) / 50, 0.02 + 3 * (steps - step) / steps)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    generator = random.Random(RECIPE["seed"])
+    length, losses = RECIPE["length"], []
+    masks = _masks(length, device)
+    cap = SHAPE.text["final_logit_softcapping"]
+    progress = tqdm(range(steps), desc="training", unit="step", disable=None)
+    for step in progress:
+        batch = [training_sequence(generator, length) for _ in range(RECIPE["batch"])]
+        tokens, certain, positions = (
+            torch.tensor([getattr(writer, name) for writer in batch], device=device)
+            for name in ("tokens", "certain", "positions")
+        )
+        hidden = text(
+            **dict(input_ids=tokens, position_ids=positions, attention_mask=masks),
+            use_cache=False,
+        ).last_hidden_state
+        wanted = certain[:, 1:]
+        logits = cap * torch.tanh(head(hidden[:, :-1][wanted]) / cap)
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][wanted])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        if watch:
+            watch(step, losses[-1])
+    return losses
+
+
+def save(model, out: Path) -> None:
+    """Writes the folder as released ones are: bfloat16, tokenizer, processor."""
+    model = model.to("cpu", torch.bfloat16)
+    model.config.dtype = "bfloat16"
+    for part in ("text_config", "vision_config"):
+        setattr(getattr(model.config, part), "dtype", "bfloat16")
+    out.mkdir(parents=True, exist_ok=True)
+    factory._write_files(out, SHAPE, model.config, False)
+    model.save_pretrained(out)
+    recipe = json.dumps({**RECIPE, "shape": "trained"}, indent=2)
+    (out / factory.RECIPE_FILE).write_text(recipe + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--steps", type=int, default=RECIPE["steps"])
+    args = parser.parse_args()
+    with serving.reported("trained.py"):
+        if args.out.exists() and any(args.out.iterdir()):
+            raise serving.HouseError(f"{args.out} is not empty: name another folder.")
+        device = "cuda" if serving.has_gpu() else "cpu"
+        start = time.monotonic()
+        model = build()
+        losses = train(model, args.steps, device)
+        save(model, args.out)
+        print(
+            f"{args.out}: {args.steps} steps in {time.monotonic() - start:.0f} s on "
+            f"{device}, loss {sum(losses[-20:]) / 20:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

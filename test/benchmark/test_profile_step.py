@@ -1,0 +1,176 @@
+"""profile_step.py on traces whose truth is known, and on one that a GPU recorded."""
+
+import gzip
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmark" / "gemma4"))
+
+import plot  # noqa: E402
+import profile_step  # noqa: E402
+import results  # noqa: E402
+from profile_step import GAPS, measured  # noqa: E402
+
+LAYERS = (["sliding_attention"] * 5 + ["full_attention"]) * 2
+HEAD = "nvjet_tst_128x64_64x8_2x1_v_bz_TNT"
+GEMM = "nvjet_tst_64x8_64x16_4x1_v_bz_splitK_TNT"
+POINTWISE = "void at::native::vectorized_elementwise_kernel<4, at::native::{}>"
+NORM, GELU = "_gemma_rmsnorm_residual_kernel", "act_and_mul_kernel"
+EXPERT_KERNELS = [
+    *("moe_align_block_size_kernel", "count_and_sort_expert_tokens_kernel"),
+    *("fused_moe_kernel", GELU, "fused_moe_kernel", "_moe_sum_reduce_kernel"),
+]
+# A layer's kernels from its attention to the next one's, with the group of each.
+FORK = [
+    ("void flashinfer::norm::RMSNormKernel<8u>", "norms and rope"),
+    (GEMM, "projections"),
+    ("_gemma_qkv_rmsnorm_rope_kernel", "norms and rope"),
+    ("void store_kvcache<512>(int const*)", "KV writes"),
+    ("_fwd_grouped_kernel_stage1", "attention"),
+    ("_fwd_kernel_stage2", "attention"),
+    (GEMM, "projections"),
+    (NORM, "norms and rope"),
+    (GEMM, "projections"),
+    ("void flashinfer::activation::act_and_mul_kernel<bf16, gelu>", "projections"),
+    (GEMM, "projections"),
+    (NORM, "norms and rope"),
+    (GEMM, "routing"),
+    (NORM, "norms and rope"),
+    ("_gemma4_routing_kernel", "routing"),
+    *((name, "experts") for name in EXPERT_KERNELS),
+    ("_gemma_dual_rmsnorm_residual_kernel", "norms and rope"),
+]
+# The release routes with torch's kernels, whose names say little.
+BASE = [
+    *(pair for pair in FORK if pair[0] != "_gemma4_routing_kernel"),
+]
+_AT = BASE.index(("moe_align_block_size_kernel", "experts"))
+BASE[_AT:_AT] = [
+    ("void at::native::sbtopk::gatherTopK<c10::BFloat16, unsigned int>", "routing"),
+    ("void at::native::bitonicSortKVInPlace<-2, -1, 16, 16>", "routing"),
+    ("void at::native::(anonymous)::softmax_warp_forward<float, 3>", "routing"),
+    ("void at::native::index_elementwise_kernel<128, 4>", "routing"),
+    (POINTWISE.format("BinaryFunctor<MulFunctor<float>>"), "routing"),
+]
+ENDS = [
+    (HEAD, "logits and sampling"),
+    ("fused_softcap_kernel", "logits and sampling"),
+    ("void at::native::reduce_kernel<ArgMaxOps<float>>", "logits and sampling"),
+    ("Memcpy DtoD (Device -> Device)", "logits and sampling"),
+    ("create_flashinfer_kv_indices_triton", "other"),
+    ("get_num_kv_splits_triton", "other"),
+]
+
+
+def trace(layer, passes: int, skip: int = 0, gap: float = 0.5):
+    """(events, truth): so many forward passes, less the first `skip` kernels.
+
+    Kernels last 1 to 7 µs by their place, the head 300; between two lie `gap` µs.
+    The truth is a pass's µs by group.
+    """
+    now, events, truth = 1000.0, [], Counter()
+    for number in range(passes):
+        one = []
+        for kind in LAYERS:
+            for name, group in layer:
+                if group == "attention":
+                    group = f"attention, {kind.split('_')[0]}"
+                one.append((name, group))
+        one += ENDS
+        for place, (name, group) in enumerate(one):
+            duration = 300.0 if name == HEAD else 1.0 + place % 7
+            if number == 0:
+                truth[group] += duration
+                truth[GAPS] += gap
+            events.append({"cat": "kernel", "name": name, "ts": now, "dur": duration})
+            now += duration + gap
+    events.append({"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 9})
+    return events[skip:], dict(truth)
+
+
+def read(tmp_path, events):
+    path = tmp_path / "some.trace.json.gz"
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    return profile_step.read_trace(path)
+
+
+@pytest.mark.parametrize("layer", [FORK, BASE], ids=["fork", "base"])
+@pytest.mark.parametrize("skip", [0, 1, 100, 261])
+def test_decode_steps_are_cut_and_grouped(tmp_path, layer, skip):
+    events, truth = trace(layer, 5, skip)
+    groups, kernels, count = measured(read(tmp_path, events), LAYERS, True)
+    # From 5 passes, cut anywhere, at least 3 are whole between two attentions.
+    assert 3 <= count <= 4
+    for found in groups:
+        assert {k: v for k, v in found.items() if v} == pytest.approx(truth)
+    launches = sum(launched for launched, _ in kernels.values())
+    assert launches == len(LAYERS) * len(layer) + len(ENDS)
+
+
+@pytest.mark.parametrize("layer", [FORK, BASE], ids=["fork", "base"])
+def test_a_prefill_is_one_step(tmp_path, layer):
+    layer = [
+        ("_fwd_kernel" if "stage1" in name else name, group)
+        for name, group in layer
+        if "stage2" not in name
+    ]
+    events, truth = trace(layer, 1)
+    (found,), _, _ = measured(read(tmp_path, events), LAYERS, False)
+    truth[GAPS] -= 0.5  # the last kernel ends the step
+    assert {k: v for k, v in found.items() if v} == pytest.approx(truth)
+
+
+def test_overlapping_kernels_are_counted_once(tmp_path):
+    events, _ = trace(FORK, 4)
+    for event in events[::3]:
+        event["dur"] += 2.0  # into the next one
+    kernels = read(tmp_path, events)
+    groups, _, count = measured(kernels, LAYERS, True)
+    starts = [k.start for k in kernels if k.name == "_fwd_grouped_kernel_stage1"]
+    lasted = [b - a for a, b in zip(starts[::12], starts[12::12])]
+    assert [sum(found.values()) for found in groups] == pytest.approx(lasted)
+    assert len(lasted) == count == 3
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path):
+    events, _ = trace(FORK, 2)
+    with pytest.raises(profile_step.TraceError, match="cannot be told apart"):
+        measured(read(tmp_path, events), LAYERS * 3, True)
+    with pytest.raises(profile_step.TraceError, match="no kernel of a GPU"):
+        read(tmp_path, events[-1:])
+
+
+def test_the_program_on_a_trace(tmp_path, monkeypatch, capsys):
+    """Table, JSON and picture; the groups add up to the step."""
+    events, truth = trace(FORK, 5)
+    read(tmp_path, events)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"layer_types": LAYERS}))
+    arguments = ["--trace", str(tmp_path / "some.trace.json.gz"), "--name", "some"]
+    arguments += ["--model", str(model), "--out", str(tmp_path), "--steps", "decode"]
+    profile_step.main([*arguments, "--plot", str(tmp_path / "img")])
+    out = capsys.readouterr().out
+    assert "| attention, sliding |" in out and "fused_moe_kernel" in out
+    found = results.load(tmp_path / "some.json")
+    (step,) = found.select(metric="step")
+    parts = sum(record.median for record in found.select(metric="time"))
+    assert parts == pytest.approx(step.median, rel=0.03)
+    assert step.median == pytest.approx(sum(truth.values()) / 1e3)
+    (picture,) = (tmp_path / "img").glob("*.svg")
+    assert "logits and sampling" in picture.read_text()
+    assert plot.draw(found, tmp_path / "img") == [picture]
+    with pytest.raises(SystemExit, match="exists: give another --name"):
+        profile_step.main(arguments)
+
+
+def test_a_machine_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_step.serving, "has_gpu", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU .* --trace groups"):
+        profile_step.main(["--out", str(tmp_path)])

@@ -1,0 +1,283 @@
+"""run.py with real servers of both arms, and what stops it: a sentence, and no server."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOUSE = ROOT / "benchmark" / "gemma4"
+sys.path.insert(0, str(HOUSE))
+
+import results  # noqa: E402
+import run  # noqa: E402
+import serving  # noqa: E402
+from checkpoint import write_checkpoint  # noqa: E402
+
+CASE = {"load": "chat 31/31, 8 prompts", "mtp": "off"}
+BASE = f"base+{serving.CPU_BLOCKERS}"
+
+
+def is_free(port) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((serving.HOST, int(port))) != 0
+
+
+@pytest.fixture
+def port() -> str:
+    first = 25000 + os.getpid() % 900  # two runs of the tests do not meet
+    return str(next(port for port in range(first, 26000) if is_free(port)))
+
+
+@pytest.fixture
+def house(tmp_path, port):
+    """The arguments that keep a run's files and its server to a test."""
+    return [
+        *("--shape", "tiny", "--load", "chat", "--repeats", "1", "--port", port),
+        *("--out", str(tmp_path), "--logs", str(tmp_path / "logs")),
+    ]
+
+
+@pytest.fixture
+def start(house, tmp_path):
+    def start(*args: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, HOUSE / "run.py", *house, *args],
+            cwd=tmp_path,
+            env={**os.environ, "HOUSE_TEST_MARK": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def marked(mark) -> list:
+    """The processes that inherited this mark, however they were started."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"HOUSE_TEST_MARK={mark}".encode() in (process / "environ").read_bytes():
+                found.append(process)
+        except OSError:
+            pass  # it ended meanwhile, or is another user's
+    return found
+
+
+def refused(capsys, *args: str) -> str:
+    """The sentence with which main ends."""
+    with pytest.raises(SystemExit) as e:
+        run.main(list(args))
+    assert isinstance(e.value.code, str), e.value.code
+    assert e.value.code.startswith("run.py: ") and "\n" not in e.value.code
+    return e.value.code
+
+
+def test_both_arms_are_served_and_an_interrupted_run_goes_on(start, tmp_path, port):
+    """Ctrl-C while the second arm starts; then the same command again."""
+    path = tmp_path / "serving.json"
+    command = ["--arms", "base,fork", "--plot", str(tmp_path / "img")]
+    running = start(*command)
+    deadline = time.monotonic() + 400
+    while not (path.exists() and list(results.load(path).select(BASE))):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    while not (tmp_path / "logs" / "serving" / "1-fork.server.log").exists():
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    assert "interrupted; no server is left" in err and "Traceback" not in err
+    assert not marked(tmp_path) and is_free(port)
+    first = results.load(path)
+    assert first.arms() == [BASE]
+
+    running = start(*command)
+    out, err = running.communicate(timeout=400)
+    assert running.returncode == 0, err
+    assert not marked(tmp_path) and is_free(port)
+    found = results.load(path)
+    assert found.arms() == [BASE, "fork"]
+    assert list(found.select(BASE)) == first.records
+    for arm in found.arms():
+        assert found.get(CASE, arm, "output").median > 0
+        # bench_serving counted 8 prompts of 31 tokens, less what the cache keeps whole.
+        assert 8 * 15 < found.get(CASE, arm, "prompt tokens prefilled").median < 8 * 62
+    assert any("does not serve on a CPU" in note for note in found.notes)
+    arms = found.settings["arms"]
+    assert arms[BASE]["version"] == "0.5.12.post1"
+    assert "+gemma4." in arms["fork"]["version"]
+    assert arms[BASE]["code_sha256"] != arms["fork"]["code_sha256"]
+    assert f"fork / {BASE}" in out
+    assert list((tmp_path / "img").glob("serving-output-*.svg"))
+
+
+def test_a_server_that_dies_while_loading(start, tmp_path, port):
+    """Of a checkpoint whose weights were cut off."""
+    model = tmp_path / "model"
+    write_checkpoint(model)
+    (weights,) = model.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100000])
+    running = start("--arms", "fork", "--model", str(model))
+    out, err = running.communicate(timeout=200)
+    assert running.returncode == 1, (out, err)
+    (said,) = [line for line in err.splitlines() if line.startswith("run.py: ")]
+    assert "The server of fork died while starting" in said
+    assert str(tmp_path / "logs" / "serving" / "1-fork.server.log") in said
+    assert not marked(tmp_path) and is_free(port)
+
+
+@pytest.mark.skipif(serving.has_gpu(), reason="there is a GPU")
+def test_a_machine_without_a_gpu(capsys, house):
+    said = refused(capsys, *house, "--shape", "26b-a4b")
+    assert "no GPU" in said and "--shape tiny" in said
+    assert "MTP needs a GPU" in refused(capsys, *house, "--mtp", "2.75")
+
+
+def test_a_port_in_use(capsys, house, port):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((serving.HOST, int(port)))
+        taken.listen()
+        assert f"Port {port} of 127.0.0.1 is in use" in refused(capsys, *house)
+    assert "none that SGLang takes" in refused(capsys, *house, "--port", "60000")
+
+
+def test_folders_that_are_not_there(capsys, house, tmp_path):
+    none = str(tmp_path / "none")
+    said = refused(capsys, *house, "--model", none)
+    assert f"{none} is no checkpoint" in said
+    said = refused(capsys, *house, "--arm", f"fork@{none}")
+    assert f"{none}: no such place" in said
+    (tmp_path / "empty").mkdir()
+    said = refused(capsys, *house, "--arm", f"vllm@{tmp_path / 'empty'}")
+    assert "The arm vllm has no vllm in" in said
+
+
+def test_arms_that_are_none(capsys, house):
+    assert "no patch 0999" in refused(capsys, *house, "--upto", "0999")
+    assert "'=x' is no arm" in refused(capsys, *house, "--arm", "=x")
+
+
+def test_a_result_of_something_else_is_not_added_to(capsys, house, tmp_path):
+    other = results.Results.start("serving", "serving", "Other", model="other")
+    other.save(tmp_path / "serving.json")
+    said = refused(capsys, *house, "--arms", "fork")
+    assert "was measured otherwise (model, " in said and "--name" in said
+    assert results.load(tmp_path / "serving.json") == other
+
+
+def test_a_full_disk(start, tmp_path):
+    """A disk of one page, as root or in a namespace of its own."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = 'mount -t tmpfs -o size=4k none "$0" && exec "$@"'
+    for unshare in (["unshare", "-m"], ["unshare", "-rm"]):
+        command = [*unshare, "sh", "-c", mount, str(small)]
+        if not subprocess.run([*command, "true"], capture_output=True).returncode:
+            break
+    else:
+        pytest.skip("needs a namespace to mount a tmpfs in")
+    script = [sys.executable, str(HOUSE / "run.py"), "--shape", "tiny"]
+    script += ["--arms", "fork", "--out", str(small), "--name", "x" * 200]
+    script += ["--flags", "--any " * 1000]
+    done = subprocess.run([*command, *script], capture_output=True, text=True)
+    assert done.returncode == 1, done
+    assert done.stderr.startswith("run.py: the disk is full"), done.stderr
+    assert "Traceback" not in done.stderr and not list(small.iterdir())
+
+
+def test_what_bench_serving_is_told():
+    assert run.LOADS["chat"].arguments() == [
+        *("--dataset-name", "random-ids", "--random-input-len", "1000"),
+        *("--random-output-len", "1000", "--random-range-ratio", "1.0"),
+        *("--num-prompts", "80"),
+    ]
+    stream = run.LOADS["stream"]
+    assert stream.arguments()[-2:] == ["--max-concurrency", "1"]
+    assert stream.title("stream") == "stream 1000/400, 2 prompts, one at a time"
+    shared = dict(zip(*[iter(run.LOADS["shared-prefix"].arguments())] * 2))
+    assert shared["--gsp-system-prompt-len"] == "4000"
+    assert shared["--gsp-question-len"] == "500"
+    assert (
+        int(shared["--gsp-num-groups"]) * int(shared["--gsp-prompts-per-group"]) == 80
+    )
+
+
+def test_turns_are_interleaved_and_resumed(tmp_path):
+    args = run.parse(["--repeats", "2", "--mtp", "off,2.75", "--loads", "chat,stream"])
+    args.chosen = run.chosen_loads(args)
+    found = results.Results.start("serving", "serving", "Some")
+    arms = [serving.Arm("base"), serving.Arm("fork")]
+    planned = run.Run(args, found, arms).turns()
+    assert [(t.repeat, t.mtp, t.arm.name) for t in planned] == [
+        (repeat, mtp, arm)
+        for repeat in (0, 1)
+        for mtp in ("off", "2.75")
+        for arm in ("base", "fork")
+    ]
+    assert all(turn.loads == ["chat", "stream"] for turn in planned)
+    this = run.Run(args, found, arms)
+    found.append(this.case("chat", "off"), "base", "output", "tok/s", 1.0)
+    assert this.turns()[0].loads == ["stream"] and len(this.turns()) == 8
+    found.append(this.case("stream", "off"), "base", "output", "tok/s", 1.0)
+    assert len(this.turns()) == 7 and this.turns()[0].arm.name == "fork"
+
+
+def test_the_dummy_weights_of_a_server():
+    """Spread, seeded by name, alike wherever they stand; scales and norms are one."""
+    import torch
+
+    sys.path.insert(0, str(serving.PLUGIN))
+    from gemma4_house import draw_weights
+
+    def model(order):
+        found = torch.nn.Module()
+        for name in order:
+            found.register_parameter(name, torch.nn.Parameter(torch.zeros(64, 512)))
+        found.scale = torch.nn.Parameter(torch.zeros(8))
+        found.bias = torch.nn.Parameter(torch.ones(8))
+        found.register_buffer("kept", torch.arange(4.0))
+        draw_weights(found)
+        return found
+
+    one, other = model("ab"), model("ba")
+    assert torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
+    assert not torch.equal(one.a, one.b)
+    assert abs(one.a.std().item() - 0.02) < 5e-4 and abs(one.a.mean().item()) < 5e-4
+    assert torch.equal(one.scale, torch.ones(8)) and not one.bias.any()
+    assert torch.equal(one.kept, torch.arange(4.0))
+
+
+def test_sglang_loads_the_plugin(tmp_path):
+    """Its own registry applies the hooks, in an environment that only has the folder."""
+    program = """
+import json, sglang.srt.model_loader.loader as loader, torch
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import sglang.srt.speculative.spec_utils as spec
+model = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+loader.initialize_dummy_weights(model)
+from transformers import AutoConfig
+config = AutoConfig.for_model("gemma4_assistant", text_config={"num_hidden_layers": 4})
+from sglang.srt.speculative.frozen_kv_mtp_worker import FrozenKVMTPWorker as worker
+print(json.dumps([model.weight.std().item(), config.text_config.num_hidden_layers,
+                  hasattr(spec.generate_simulated_accept_index, "__wrapped__"),
+                  hasattr(worker.forward_batch_generation, "__wrapped__")]))
+"""
+    env = {**serving.Arm("fork").environment(), "SGLANG_SIMULATE_ACC_LEN": "2.75"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        **dict(env=env, cwd=tmp_path, capture_output=True, text=True),
+    )
+    std, layers, accepted, ended = json.loads(done.stdout.splitlines()[-1])
+    assert std == pytest.approx(0.02, rel=0.1) and layers == 4 and accepted and ended
+    assert "Measured code: " in done.stderr and "Random weights: 2 par" in done.stderr
