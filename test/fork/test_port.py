@@ -111,6 +111,13 @@ def test_upstream_did_the_same_in_another_place(forked, index):
     assert "| 0002 Change line 12 | is upstream already |" in report
 
 
+def test_a_new_file_that_upstream_has_too(forked, index):
+    files = {"model.py": model(_20="line_20 = 'theirs'\n"), "new.py": b"other = 1\n"}
+    report = told(forked, index(**files))
+    said = "srt/new.py (added): the file is there already, or is another\n"
+    assert said in report.split("\n## ")[-1]
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_file_that_is_gone(forked, index, moved):
     files = {"model.py": None, "../__init__.py": b"layers = 1\n"}
