@@ -121,7 +121,8 @@ class FakeGitHub:
         self.events.append(("pull_request_target", payload))
         if not self.starts or action not in TESTED_EVENTS:
             return
-        group = label or "run-ci"  # as the workflow says: concurrency
+        # As the workflow says: concurrency
+        group = "run-ci" if label in (None, "run-ci") else len(self.runs)
         for run in self.active():
             if run["group"] == group:
                 self.cancel(run)

@@ -150,9 +150,10 @@ def test_the_module_and_the_workflows_agree():
     assert base["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12", "3.13"]
     events = set(WORKFLOWS["gate.yml"]["on"]["pull_request_target"]["types"])
     assert events == {*tests["on"]["pull_request"]["types"], "unlabeled"}
-    # Another label's run must not stop the tests.
-    group = "${{ github.event.label.name || '%s' }}" % gate.LABEL
-    assert tests["concurrency"]["group"].endswith(group)
+    # Another label's run must not stop a run, nor be stopped.
+    of_tests = f"(github.event.label.name || '{gate.LABEL}') == '{gate.LABEL}'"
+    group = f"${{{{ {of_tests} && '{gate.LABEL}' || github.run_id }}}}"
+    assert tests["concurrency"]["group"].endswith(f"-{group}")
 
 
 def test_caches_hang_on_what_is_pinned_and_a_release_has_none():
