@@ -604,6 +604,7 @@ def test_window_is_released(window, mtp):
     assert bound - 2 * DRAFT_TOKENS <= max(held) <= bound
 
 
+@pytest.mark.hypothesis
 def test_swa_radix_cache_stateful():
     run_state_machine_as_test(
         SWARadixCacheMachine, settings=settings(stateful_step_count=30)
@@ -630,6 +631,7 @@ def alloc_decode(seq_lens, last_loc, free_pages, out, bs_upper, page_size):
     alloc_extend(seq_lens - 1, seq_lens, last_loc, free_pages, out, bs_upper, page_size)
 
 
+@pytest.mark.hypothesis
 def test_swa_radix_cache_stateful_paged(monkeypatch):
     """Pages of several slots, with the allocator's own path for want of Triton."""
     monkeypatch.setattr(
