@@ -26,11 +26,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Callable, Dict, List
 
 import torch
-import triton
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from results import FOLDER, Results, table  # noqa: E402
+from timing import copy_rate, time_in_turn  # noqa: E402
 
 HIDDEN, HEADS, WINDOW, EPS = 2816, 16, 1023, 1e-6
 # Head size, KV heads.
@@ -52,39 +52,6 @@ def _load(site: Path, file: str, name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def _capture(calls: List[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def _time(arms: Dict[str, List[Callable]], replays: int) -> Dict[str, List[float]]:
-    """Microseconds a call, for each of `replays` turns of every arm's graph."""
-    graphs = {name: _capture(calls) for name, calls in arms.items()}
-    events = {name: [] for name in graphs}
-    for graph in graphs.values():
-        graph.replay()
-    for _ in range(replays):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {
-        name: [round(1000 * a.elapsed_time(b) / len(arms[name]), 3) for a, b in pairs]
-        for name, pairs in events.items()
-    }
 
 
 def _agree(name: str, got: torch.Tensor, exact: torch.Tensor) -> None:
@@ -292,16 +259,6 @@ def most_splits(requests: int) -> int:
     return TritonAttnBackend.get_max_kv_splits(backend, requests)
 
 
-def _copy_rate() -> float:
-    """Bytes a microsecond, read and written, of a copy of 2 GiB."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    milliseconds = triton.testing.do_bench(
-        lambda: target.copy_(source), return_mode="median"
-    )
-    return 2 * source.numel() / (1000 * milliseconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -324,7 +281,7 @@ def main() -> None:
     import sglang.srt.layers.gemma4_fused_ops as fork_ops
 
     torch.manual_seed(0)
-    rate = _copy_rate()
+    rate = copy_rate()
     results = Results.start(
         *("kernels", args.name, "A decode step's kernels"),
         hidden=HIDDEN,
@@ -343,7 +300,7 @@ def main() -> None:
             kernel.check()
             case = {"kernel": name, "tokens": tokens}
             arms = {arm: [call] * launches for arm, call in kernel.arms().items()}
-            for arm, samples in _time(arms, args.replays).items():
+            for arm, samples in time_in_turn(arms, args.replays).items():
                 results.add(case, arm, "time", "us", samples)
             results.add(case, "bytes", "time", "us", [round(kernel.bytes() / rate, 3)])
         results.save(path)
@@ -367,7 +324,7 @@ def main() -> None:
                 for arm, call in calls.items()
             }
             case = {"layer": layer, "tokens": tokens}
-            for arm, samples in _time(arms, args.replays).items():
+            for arm, samples in time_in_turn(arms, args.replays).items():
                 results.add(case, arm, "time with projection", "us", samples)
         results.save(path)
 
@@ -384,7 +341,7 @@ def main() -> None:
             for arm, calls in arms.items():
                 attention.check(arm, calls)
             case = {"layer": layer, "tokens each": length, "requests": requests}
-            for arm, samples in _time(arms, args.replays).items():
+            for arm, samples in time_in_turn(arms, args.replays).items():
                 results.add(case, arm, "attention", "us", samples)
             moved = [round(attention.bytes() / rate, 3)]
             results.add(case, "bytes", "attention", "us", moved)

@@ -22,6 +22,7 @@ import importlib.util
 import statistics
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from results import FOLDER, Results, tables  # noqa: E402
+from timing import copy_rate, time_in_turn  # noqa: E402
 
 TOKENS = (1, 8, 32, 80, 160, 320, 512, 1024, 2048, 4096, 8192, 16384, 65536, 262144)
 PROJECTED_TOKENS = (1, 8, 80, 320, 1024, 8192)
@@ -121,49 +123,6 @@ def _load_peer(name: str, sites: List[str]) -> Optional[tuple]:
     return None
 
 
-def _capture(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(LAUNCHES):
-            launch()
-    return graph
-
-
-def _replay(
-    graphs: Dict[str, torch.cuda.CUDAGraph], replays: int
-) -> Dict[str, List[float]]:
-    """Microseconds a launch, for each of `replays` turns of every graph."""
-    events = {name: [] for name in graphs}
-    for graph in graphs.values():
-        graph.replay()
-    for _ in range(replays):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {
-        name: [round(1000 * a.elapsed_time(b) / LAUNCHES, 4) for a, b in pairs]
-        for name, pairs in events.items()
-    }
-
-
-def _copy_rate() -> float:
-    """Bytes a microsecond, read and written, of a copy of 2 GiB."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    milliseconds = triton.testing.do_bench(
-        lambda: target.copy_(source), return_mode="median"
-    )
-    return 2 * source.numel() / (1000 * milliseconds)
-
-
 def _check(arms: Dict[str, Callable], experts: int, topk: int) -> None:
     """Every arm selects what a float64 sort does, or the times mean nothing."""
     scale = torch.rand(experts, device="cuda") + 0.5
@@ -206,7 +165,7 @@ def main() -> None:
     arms.update(filter(None, (_load_peer(name, args.peer_site) for name in PEERS)))
     _check(arms, args.experts, args.topk)
 
-    rate = _copy_rate()
+    rate = copy_rate()
     results = Results.start(
         *("kernels", args.name, "Gemma 4 router"),
         experts=args.experts,
@@ -234,13 +193,13 @@ def main() -> None:
             # The float32 kernel's slow path in every row: only the best is positive.
             logits = -logits.abs()
             logits[:, 0] = 1
-        graphs = {
-            name: _capture(lambda: route(logits, scale, args.topk))
+        calls = {
+            name: [partial(route, logits, scale, args.topk)] * LAUNCHES
             for name, route in arms.items()
         }
-        graphs["empty launch"] = _capture(lambda: _empty_kernel[(1,)](logits))
+        calls["empty launch"] = [partial(_empty_kernel[(1,)], logits)] * LAUNCHES
         case = {"tokens": tokens, "dtype": dtype, "logits": kind}
-        for name, samples in _replay(graphs, args.replays).items():
+        for name, samples in time_in_turn(calls, args.replays).items():
             results.add(case, name, "time", "us", samples)
         moved = logits.nbytes + scale.nbytes + tokens * args.topk * 8
         results.add(case, "bytes", "time", "us", [round(moved / rate, 4)])
@@ -256,12 +215,12 @@ def main() -> None:
             if route is not None:
                 route(logits, scale, args.topk)
 
-        graphs = {
-            name: _capture(lambda: project(route)) for name, route in arms.items()
+        calls = {
+            name: [partial(project, route)] * LAUNCHES for name, route in arms.items()
         }
-        graphs["projection alone"] = _capture(project)
+        calls["projection alone"] = [project] * LAUNCHES
         case = {"tokens": tokens, "dtype": dtype, "logits": "projected"}
-        for name, samples in _replay(graphs, args.replays).items():
+        for name, samples in time_in_turn(calls, args.replays).items():
             results.add(case, name, "time with projection", "us", samples)
 
     print(f"wrote {results.save(path)}")

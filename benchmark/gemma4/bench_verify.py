@@ -19,15 +19,16 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import List, Optional
 
 import torch
-import triton
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from results import FOLDER, Results, tables  # noqa: E402
+from timing import copy_rate, time_in_turn  # noqa: E402
 
 LAYERS = {
     "sliding": dict(heads=16, kv_heads=8, head_dim=256, v_head_dim=256, window=1023),
@@ -143,47 +144,6 @@ class Layer:
         return o
 
 
-def _capture(launch: Callable[[int], object], launches: int) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        launch(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            launch(i)
-    return graph
-
-
-def _replay(graphs: Dict[str, tuple], replays: int) -> Dict[str, List[float]]:
-    """Microseconds a launch, for each of `replays` turns of every graph."""
-    events = {name: [] for name in graphs}
-    for graph, _ in graphs.values():
-        graph.replay()
-    for _ in range(replays):
-        for name, (graph, _) in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {
-        name: [round(1000 * a.elapsed_time(b) / graphs[name][1], 3) for a, b in pairs]
-        for name, pairs in events.items()
-    }
-
-
-def _copy_rate() -> float:
-    """Bytes a microsecond, read and written, of a copy of 2 GiB."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    milliseconds = triton.testing.do_bench(
-        lambda: target.copy_(source), return_mode="median"
-    )
-    return 2 * source.numel() / (1000 * milliseconds)
-
-
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -212,7 +172,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         base_kernel = args.base_kernel or _base_kernel(folder)
         base, base_sha256 = _module("base_extend_attention", base_kernel)
         fork, sha256 = _module("verify_attention", kernel)
-        rate = _copy_rate()
+        rate = copy_rate()
         results = Results.start(
             *("kernels", args.name, "Attention of a verify step"),
             drafted=args.drafted,
@@ -238,12 +198,12 @@ def main(argv: Optional[List[str]] = None) -> None:
             if not torch.allclose(run_fork(0).float(), expected, rtol=2e-2, atol=4e-3):
                 raise SystemExit(f"fork and base differ in {name} {requests} {tokens}")
             launches = max(4, len(layer.copies))
-            graphs = {
-                "base": (_capture(run_base, len(layer.copies)), len(layer.copies)),
-                "fork": (_capture(run_fork, launches), launches),
+            arms = {
+                "base": [partial(run_base, i) for i in range(len(layer.copies))],
+                "fork": [partial(run_fork, i) for i in range(launches)],
             }
             case = {"layer": name, "requests": requests, "tokens": tokens}
-            for arm, samples in _replay(graphs, args.replays).items():
+            for arm, samples in time_in_turn(arms, args.replays).items():
                 results.add(case, arm, "time", "us", samples)
             results.add(case, "bytes", "time", "us", [round(layer.bytes / rate, 3)])
 

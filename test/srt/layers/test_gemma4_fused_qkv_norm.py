@@ -4,12 +4,8 @@ On CUDA where there is a GPU, else on CPU tensors in Triton's interpreter.
 """
 
 import importlib
-import multiprocessing
 import os
-import socket
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -27,9 +23,7 @@ with mock.patch.dict(os.environ, INTERPRET):
 
     ops = importlib.reload(ops)
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-
-from checkpoint import write_checkpoint  # noqa: E402
+from tiny_gemma4 import OnCuda, ask_model, load_model  # noqa: E402
 
 from sglang.test.ci.ci_register import (  # noqa: E402
     register_cpu_ci,
@@ -271,44 +265,12 @@ def test_graph_without_sync_and_allocations(M):
             assert (abs(got - exact) <= 1.02 * allowed).all()
 
 
-class _OnCuda(torch.Tensor):
-    """Stands for the GPU that the model's tensors are not on."""
-
-    is_cuda = True
-
-
 def _attention_inputs(folder: str, port: int) -> list:
     """q, k and v as each layer of a checkpoint hands them to attention: on the CPU's
     path, fused, and with the norm alone fused."""
-    from safetensors.torch import load_file
-
-    from sglang.srt.distributed import (
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.models import gemma4_causal
-    from sglang.srt.server_args import (
-        ServerArgs,
-        set_global_server_args_for_scheduler,
-    )
-    from sglang.srt.utils.hf_transformers_utils import get_config
 
-    server_args = ServerArgs(model_path="dummy", device="cpu")
-    set_global_server_args_for_scheduler(server_args)
-    init_distributed_environment(
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method=f"tcp://127.0.0.1:{port}",
-        backend="gloo",
-    )
-    initialize_model_parallel()
-    initialize_moe_config(server_args)
-    config = get_config(folder, trust_remote_code=False)
-    model = gemma4_causal.Gemma4ForCausalLM(config)
-    weights = load_file(os.path.join(folder, "model.safetensors"))
-    model.load_weights(weights.items())
+    model, config = load_model(folder, port)
 
     class Seen(Exception):
         pass
@@ -335,7 +297,7 @@ def _attention_inputs(folder: str, port: int) -> list:
 
             def forward(x):
                 qkv, bias = project(x)
-                return (qkv.as_subclass(_OnCuda) if on_cuda else qkv), bias
+                return (qkv.as_subclass(OnCuda) if on_cuda else qkv), bias
 
             fused.reset_mock()
             rotate.reset_mock()
@@ -361,19 +323,10 @@ def _attention_inputs(folder: str, port: int) -> list:
 
 
 def test_attention_inputs_as_with_torch(tmp_path):
-    folder = tmp_path / "tiny"
-    write_checkpoint(folder, "tiny", text_only=True, dtype="float32")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {"TRITON_INTERPRET": "1", "SGLANG_USE_CPU_ENGINE": "1"}
-    spawn = multiprocessing.get_context("spawn")
-    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(
-        1, mp_context=spawn
-    ) as pool:
-        layers = pool.submit(_attention_inputs, str(folder), port).result()
+    layers = ask_model(_attention_inputs, tmp_path / "tiny")
 
-    assert {layer["torch"][0][0].shape[-1] for layer in layers}  # both head sizes
+    head_sizes = {layer["torch"][0][0].shape[-1] for layer in layers}
+    assert len(head_sizes) == 2
     for layer in layers:
         assert layer["can fuse"]
         expected, calls = layer["torch"]

@@ -5,11 +5,8 @@ largest shapes and what a CPU does not have (graphs, the allocator) need a GPU.
 """
 
 import importlib
-import multiprocessing
 import os
-import socket
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +28,7 @@ with mock.patch.dict(os.environ, INTERPRET):
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
 
 from checkpoint import SHAPES as SHAPES_OF_CHECKPOINTS  # noqa: E402
-from checkpoint import write_checkpoint  # noqa: E402
+from tiny_gemma4 import ask_model, load_model  # noqa: E402
 
 from sglang.test.ci.ci_register import (  # noqa: E402
     register_cpu_ci,
@@ -320,36 +317,9 @@ def test_compiles_once_a_shape_class():
 
 def _moe_outputs(folder: str, port: int) -> list:
     """Each MoE layer of a checkpoint, routed by the kernel and by torch, on the CPU."""
-    from safetensors.torch import load_file
-
-    from sglang.srt.distributed import (
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.models import gemma4_causal
-    from sglang.srt.server_args import (
-        ServerArgs,
-        set_global_server_args_for_scheduler,
-    )
-    from sglang.srt.utils.hf_transformers_utils import get_config
 
-    server_args = ServerArgs(model_path="dummy", device="cpu")
-    set_global_server_args_for_scheduler(server_args)
-    init_distributed_environment(
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method=f"tcp://127.0.0.1:{port}",
-        backend="gloo",
-    )
-    initialize_model_parallel()
-    initialize_moe_config(server_args)
-
-    config = get_config(folder, trust_remote_code=False)
-    model = gemma4_causal.Gemma4ForCausalLM(config)
-    weights = load_file(os.path.join(folder, "model.safetensors"))
-    model.load_weights(weights.items())
+    model, config = load_model(folder, port)
 
     torch.manual_seed(0)
     layers = []
@@ -374,17 +344,7 @@ def _moe_outputs(folder: str, port: int) -> list:
 
 
 def test_moe_layers_as_with_torch(tmp_path):
-    folder = tmp_path / "tiny"
-    write_checkpoint(folder, "tiny", text_only=True, dtype="float32")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {"TRITON_INTERPRET": "1", "SGLANG_USE_CPU_ENGINE": "1"}
-    spawn = multiprocessing.get_context("spawn")
-    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(
-        1, mp_context=spawn
-    ) as pool:
-        layers = pool.submit(_moe_outputs, str(folder), port).result()
+    layers = ask_model(_moe_outputs, tmp_path / "tiny")
 
     assert len(layers) == SHAPES_OF_CHECKPOINTS["tiny"].text["num_hidden_layers"]
     for outputs in layers:
