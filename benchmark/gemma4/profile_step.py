@@ -5,10 +5,10 @@
 
 For each arm (see serving.py) a server is started; torch.profiler records, through its
 /start_profile, the kernels of one prompt's prefill, and those of a few decode steps
-while 1, 8 and 80 requests decode. Each instant of a step goes to the group of the
+while 1, 8 and 80 requests decode; with --mtp a step drafts, verifies and accepts. Each instant of a step goes to the group of the
 kernel that runs then, or to `gaps` where none does, so that the groups add up to the
 step. A decode step lasts from the first kernel of one step's first attention to that
-of the next; a prefill from its first kernel to the end of its last.
+of the next; a prefill from its first kernel to its sampled token.
 
 Groups are found by the kernels' names, and where many layers share a name by their
 place: the attention kernels between two other kernels are one layer's, and the layers'
@@ -20,6 +20,7 @@ import argparse
 import bisect
 import dataclasses
 import gzip
+import http.client
 import json
 import random
 import re
@@ -42,6 +43,8 @@ from serving import HouseError, Server, Setup  # noqa: E402
 
 # Kernels alone: recording the CPU's side slows a step down.
 ACTIVITIES = ["GPU"]
+# Tokens that one request alone makes at most while it is profiled.
+STREAM = 6400
 SLIDING, FULL = "attention, sliding", "attention, full"
 EXPERTS, ROUTING, NORMS = "experts", "routing", "norms and rope"
 KV, PROJECTIONS, LOGITS = "KV writes", "projections", "logits and sampling"
@@ -54,7 +57,7 @@ ATTENTION, MATMUL, POINTWISE, SELECT = "attention", "matmul", "pointwise", "sele
 # What a kernel is, by the first pattern that its name has.
 PREPARATION = (
     r"kv_indices|unified_indices|num_kv_splits|kv_indptr|page_table|translate|alloc_"
-    r"|req_to_token|last_loc|compute_position|clamp_pos|_metadata"
+    r"|req_to_token|last_loc|cache_loc|compute_position|clamp_pos|_metadata"
 )
 RULES = (
     (NORMS, r"rms_?norm|layer_?norm|\brope|_rope|rotary|_norm_|pre_feedforward"),
@@ -62,7 +65,8 @@ RULES = (
     (KV, r"store_?(kv)?_?cache|(set|store|copy|write)_kv|reshape_and_cache|kv_?write"),
     (
         LOGITS,
-        r"softcap|sampl|argmax|cunn_?softmax|multinomial|exponential|cross_?entropy",
+        r"softcap|sampl|argmax|MaxOps|cunn_?softmax|multinomial|exponential"
+        r"|cross_?entropy|VerifyTree",
     ),
     (
         ATTENTION,
@@ -70,10 +74,11 @@ RULES = (
         r"|decode_stage|_extend_|_verify_|stage[12]\b|BatchPrefill|BatchDecode|splitkv",
     ),
     (ROUTING, r"routing|topk|bitonicSort|radixFindKth|softmax_warp"),
-    (EXPERTS, r"fused_moe|moe_|_moe|count_and_sort|sorted_token"),
+    (EXPERTS, r"fused_moe|moe_|_moe|count_and_sort|sorted_token|copy__mul_sum"),
     (MATMUL, r"gemm|nvjet|cutlass|cublas|splitK|gemv|wgmma|matmul|xmma|_mm_"),
     (POINTWISE, r"gelu|silu|act_and_mul"),
 )
+DECODES = re.compile(r"stage[12]\b|decode|splitkv", re.IGNORECASE)
 RULES = [(group, re.compile(pattern, re.IGNORECASE)) for group, pattern in RULES]
 
 
@@ -134,7 +139,9 @@ def steps(kernels: List[Kernel], layers: List[str], decode: bool) -> List[List[K
 
     Args:
         layers: `sliding_attention` or `full_attention` for each layer of the model.
-        decode: Whole steps between the first and the last; else one step, all of it.
+        decode: Whole steps between the first and the last; else one step, of all that
+            is prefilled. The decode step that an overlapping scheduler launches before
+            it knows that the request is finished is left out.
 
     Raises:
         TraceError: The layers cannot be told apart.
@@ -149,6 +156,11 @@ def steps(kernels: List[Kernel], layers: List[str], decode: bool) -> List[List[K
     ]
     if not any(target):
         target = [True] * len(runs)
+    if not decode:
+        # What decodes splits its keys and values.
+        for i, (first, past) in enumerate(runs):
+            if any(DECODES.search(kernel.name) for kernel in kernels[first:past]):
+                target[i] = False
     count = sum(target)
     if count < len(layers) or not decode and count % len(layers):
         raise TraceError(
@@ -166,14 +178,23 @@ def steps(kernels: List[Kernel], layers: List[str], decode: bool) -> List[List[K
         first, end = bounds[i], bounds[i + 1]
         _group_layer(kernels, first, end, runs[i][1], SLIDING if sliding else FULL)
         if layer == len(layers) - 1:
-            _group_logits(kernels[runs[i][1] : end])
+            sampled = _group_logits(kernels, runs[i][1], end)
+            if i + 1 < len(target) and not target[i + 1]:
+                _group_draft_input(kernels[sampled:end])
     for i, is_target in enumerate(target):
         if not is_target:
-            for kernel in kernels[bounds[i] : bounds[i + 1]]:
+            # After the last of its passes the target's next one begins.
+            end, more = bounds[i + 1], target[i + 1 : i + 2] == [False]
+            past = end if more else _sampled(kernels, runs[i][1], end)
+            for kernel in kernels[bounds[i] : past]:
                 kernel.group = DRAFT
+            _group_layer(kernels, past, end, past, OTHER)
     _group_layer(kernels, 0, bounds[0], 0, OTHER)
+    for i in positions:
+        _group_inputs(kernels, runs[i][0], kernels[runs[i][0]].group)
     if not decode:
-        return [kernels]
+        last = positions[-1]
+        return [kernels[: _sampled(kernels, runs[last][1], bounds[last + 1])]]
     cuts = [runs[i][0] for i in starts]
     # Cut at the start of a step's first layer; what is before the first cut and after
     # the last belongs to steps that the trace does not hold whole.
@@ -230,22 +251,49 @@ def _group_layer(kernels, first: int, end: int, past: int, attention: str) -> No
                     kernel.group = ROUTING
 
 
-def _group_logits(part: List[Kernel]) -> None:
-    """After the last layer: the output head, the largest of its products, and on."""
+def _group_inputs(kernels: List[Kernel], first: int, attention: str) -> None:
+    """Copies between a layer's norm or cache write and its attention are for the latter."""
+    start = first
+    while start and kernels[start - 1].kind == OTHER:
+        start -= 1
+    if start and kernels[start - 1].kind in (NORMS, KV):
+        for kernel in kernels[start:first]:
+            if not re.search(PREPARATION, kernel.name):
+                kernel.group = attention
+
+
+def _sampled(kernels: List[Kernel], first: int, end: int) -> int:
+    """Past a pass's last kernel: its sampling, and the copies of what was sampled."""
+    past = max(
+        (i + 1 for i in range(first, end) if kernels[i].kind == LOGITS), default=0
+    )
+    if not past:
+        return end
+    while past < end and kernels[past].name.startswith("Memcpy"):
+        past += 1
+    return past
+
+
+def _group_draft_input(part: List[Kernel]) -> None:
+    """Before a draft's first attention: from its first product on it is the draft's."""
+    products = [i for i, kernel in enumerate(part) if kernel.kind == MATMUL]
+    for kernel in part[products[0] :] if products else []:
+        kernel.group = DRAFT
+
+
+def _group_logits(kernels: List[Kernel], first: int, end: int) -> int:
+    """After the last layer: the output head, the largest of its products, to the
+    sampled tokens; returns where they end. What then prepares the next pass is OTHER.
+    """
+    past = _sampled(kernels, first, end)
+    part = kernels[first:past]
     last = max((i for i, k in enumerate(part) if k.kind == EXPERTS), default=-1)
     products = [i for i in range(last + 1, len(part)) if part[i].kind == MATMUL]
-    if not products:
-        return
-    head = max(products, key=lambda i: part[i].end - part[i].start)
-    for i in range(head, len(part)):
-        # The next step's embedding and first projections come after the sampling.
-        kernel = part[i]
-        if i > head and kernel.kind in (NORMS, KV):
-            break
-        if i == head or kernel.kind in (LOGITS, OTHER, POINTWISE, ROUTING, MATMUL):
-            if re.search(PREPARATION, kernel.name):
-                continue  # of the next step's attention
+    if products:
+        head = max(products, key=lambda i: part[i].end - part[i].start)
+        for kernel in part[head:]:
             kernel.group = LOGITS
+    return past
 
 
 def shares(step: List[Kernel], until: float) -> Dict[str, float]:
@@ -299,7 +347,7 @@ def measured(
 
 def short(name: str) -> str:
     """A kernel's name without return type, namespaces and most template arguments."""
-    name = re.sub(r"^void ", "", name)
+    name = re.sub(r"^void |\((anonymous namespace|anonymous)\)::", "", name)
     inner = re.findall(r"(\w*(?:Functor|Op|kernel_impl|lambda)\w*)", name)
     head = re.split(r"[<(]", name)[0].split("::")[-1]
     if head in (
@@ -324,6 +372,7 @@ class Requests:
         self.server, self.first = server, threading.Semaphore(0)
         self.times: List[List[float]] = [[] for _ in range(count)]
         self.failed: List[str] = []
+        self.stopped = False
         generator = random.Random(seed)
         self.threads = [
             threading.Thread(
@@ -353,8 +402,11 @@ class Requests:
                     self.times[number].append(time.perf_counter())
                     if len(self.times[number]) == 1:
                         self.first.release()
-        except OSError as e:
-            self.failed.append(str(e))
+            if not self.times[number] and not self.stopped:
+                raise OSError("it was answered nothing")
+        except (OSError, http.client.HTTPException) as e:
+            if not self.stopped:
+                self.failed.append(str(e))
             self.first.release()
 
     def wait_for_first_tokens(self) -> None:
@@ -366,6 +418,14 @@ class Requests:
         for thread in self.threads:
             thread.join()
         self.check()
+
+    def stop(self) -> None:
+        """Ends those that still run: what they would say is of no use."""
+        self.check()
+        self.stopped = True
+        self.server.ask("/abort_request", {"rid": "", "abort_all": True}).read()
+        for thread in self.threads:
+            thread.join()
 
     def check(self) -> None:
         if self.failed:
@@ -410,7 +470,7 @@ class Profiler:
                 except (EOFError, OSError, ValueError):
                     pass  # not written to its end yet
             self.server.check_alive("while it wrote its profile")
-            time.sleep(0.5)
+            time.sleep(0.1)
         raise HouseError(
             f"The server of {self.server.arm.name} wrote no profile into {folder}: see "
             f"{self.server.log}."
@@ -432,7 +492,7 @@ def flush(server: Server) -> None:
 def profile_prefill(server, profiler, args) -> Tuple[List[Kernel], float]:
     """(kernels of one prompt's prefill, seconds to its first token without a profiler)"""
     waits = []
-    for seed in range(3):
+    for seed in range(2):  # the first compiles
         begin = time.perf_counter()
         requests = Requests(server, 1, args.input, 1, seed)
         requests.wait()
@@ -444,20 +504,23 @@ def profile_prefill(server, profiler, args) -> Tuple[List[Kernel], float]:
 
     kernels = profiler.record("prefill", body)
     flush(server)
-    return kernels, sorted(waits)[1]
+    return kernels, min(waits)
 
 
 def profile_decode(server, profiler, args, count: int) -> Tuple[List[Kernel], float]:
     """(kernels of some decode steps, seconds between tokens without a profiler)"""
-    requests = Requests(server, count, args.context_tokens, args.output, count)
+    # Few requests have short steps, and must last as long.
+    output = max(args.output, STREAM // count)
+    requests = Requests(server, count, args.context_tokens, output, count)
     requests.wait_for_first_tokens()
+    time.sleep(0.3)  # the first steps may compile
     begin = time.perf_counter()
-    time.sleep(1.0)
+    time.sleep(0.7)
     interval = requests.interval(begin)
     kernels = profiler.record(
         f"decode-{count}", lambda: time.sleep(max(8 * interval, 0.05))
     )
-    requests.wait()
+    requests.stop()
     flush(server)
     return kernels, interval
 
@@ -529,7 +592,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--input", type=int, default=8000, help="tokens prefilled")
     parser.add_argument("--context-tokens", type=int, default=1000, help="of a decoder")
     parser.add_argument(
-        "--output", type=int, default=400, help="tokens a decoder makes"
+        "--output", type=int, default=400, help="tokens a decoder makes at most"
     )
     parser.add_argument("--mtp", default="off", help="or accepted tokens a step")
     parser.add_argument("--top", type=int, default=15, help="kernels to print")
@@ -564,6 +627,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             *("kernels", args.name, "Where a step's time goes"),
             model=args.model.name,
             stacked="group",
+            mtp=args.mtp[0],
             arms={},
         )
         if args.trace:
@@ -615,7 +679,8 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
                 results.settings["arms"][arm.name] = arm.describe()
                 bar.update()
                 profiler = Profiler(server, stem)
-                Requests(server, 2, 100, 32, 0).wait()  # builds the kernels
+                # Builds the kernels, and starts what the profiler starts once.
+                profiler.record("warm-up", Requests(server, 2, 100, 32, 0).wait)
                 flush(server)
                 for kind in kinds:
                     bar.set_description(f"{arm.name}: {kind}")

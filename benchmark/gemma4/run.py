@@ -12,6 +12,10 @@ once a repeat; each turn starts the arm's server anew, runs every load once thro
 SGLang's own bench_serving, and stops it. What was measured is written after each load:
 the same command goes on where it was interrupted, and a larger --repeats adds samples.
 
+A server compiles kernels when it first meets a batch of another shape. So that none is
+compiled inside a load, each answers a burst first that is not measured: many prompts at
+once, of each length that the loads have, with other ids than theirs.
+
 With MTP the draft model is random too, so the number of accepted tokens is simulated
 (--mtp 2.75: a verify step yields 2.75 tokens on average) and the accepted ids are
 random; draft and verify run in full. A checkpoint folder without weights is served with
@@ -20,12 +24,15 @@ random ones; plugin/gemma4_house.py says how, the same for each arm.
 
 import argparse
 import dataclasses
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional
 
 from tqdm import tqdm
 
@@ -55,6 +62,11 @@ class Load:
             output=max(self.output // output, 1),
             groups=min(self.groups, prompts // 2),
         )
+
+    @property
+    def warmups(self) -> int:
+        """Prompts of its own, one after another, before its clock starts."""
+        return min(WARMUP, max(self.prompts // 2, 1))
 
     def title(self, name: str) -> str:
         title = f"{name} {self.input}/{self.output}, {self.prompts} prompts"
@@ -99,8 +111,17 @@ LOADS = {
     "prefill": Load(8000, 1, 8, at_once=1),
     "shared-prefix": Load(4500, 500, 80, groups=8),
     "long": Load(65536, 200, 4, at_once=2),
+    "128k": Load(131072, 1, 2, at_once=1),
 }
 WARMUP = 2
+# A burst's prompts: tokens in all, so that it takes seconds, and tokens of each answer.
+BURST_TOKENS, BURST_OUTPUT, BURST_SEED = 131072, 8, 10**6
+BURST = (
+    "before its first load each server answers, unmeasured, prompts of other ids, all at "
+    f"once: of each length of the loads, {BURST_TOKENS} tokens at most, and as many "
+    "short ones as the largest load has"
+)
+START = "start"
 # A name, its unit, and bench_serving's name with the factor to that unit.
 METRICS = {
     "output": ("tok/s", "output_throughput", 1),
@@ -113,6 +134,7 @@ METRICS = {
 }
 HIGHER_IS_BETTER = ("output",)
 SUMMARY = ("output", "mean TTFT", "median TTFT", "median TPOT")
+OF_START = ("start-up", "CUDA graphs", "CUDA graph memory")
 FLUSHED = "Cache flushed successfully"
 CLIENT = f"--random-range-ratio 1.0 --warmup-requests {WARMUP} --flush-cache"
 
@@ -125,6 +147,52 @@ class Turn:
     arm: Arm
     mtp: str
     loads: List[str]
+
+
+def bursts(loads: Iterable[Load]) -> List[Load]:
+    """What a server answers unmeasured before these loads.
+
+    Several prompts fill a chunk of the prefill, one goes over into the next with what
+    is cached of it, and all decode together. A load of one prompt at a time meets no
+    shape that its own warm-up has not.
+    """
+    loads = [load for load in loads if load.at_once != 1]
+    if not loads:
+        return []
+    # Long prompts are too many to send as many as decode together later: short ones.
+    most = max(load.prompts for load in loads)
+    short = min(1000, *(load.input for load in loads))
+    found = {short: Load(short, BURST_OUTPUT, most)}
+    for load in loads:
+        prompts = min(load.prompts, max(BURST_TOKENS // load.input, 1))
+        known = found.get(load.input)
+        if known is None or known.prompts < prompts:
+            found[load.input] = Load(load.input, BURST_OUTPUT, prompts)
+    return list(found.values())
+
+
+class MemoryWatch:
+    """The most that is in use on the GPU, by whatever uses it, in GiB; 0 unseen.
+
+    It asks nvidia-smi: to ask CUDA would take memory itself.
+    """
+
+    def __init__(self):
+        self.peak, self.next = 0.0, 0.0
+        device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        self.command = ["nvidia-smi", "-i", device, "--query-gpu=memory.used"]
+        self.command += ["--format=csv,noheader,nounits"]
+        self.there = serving.has_gpu() and shutil.which("nvidia-smi")
+
+    def look(self) -> None:
+        """Looks once a second, however often it is called."""
+        now = time.monotonic()
+        if not self.there or now < self.next:
+            return
+        self.next = now + 1.0
+        said = subprocess.run(self.command, capture_output=True, text=True).stdout
+        if said.strip().isdigit():
+            self.peak = max(self.peak, int(said) / 1024)
 
 
 def mtp_title(mtp: str) -> str:
@@ -175,7 +243,7 @@ class Run:
         """Takes every turn that is missing; returns what went wrong in any."""
         turns = self.turns()
         failures: Dict[tuple, str] = {}
-        self.steps = sum(1 + len(turn.loads) for turn in turns)
+        self.steps = sum(len(self._kinds(turn)) for turn in turns)
         self.done = 0
         if not turns:
             print("All of it is measured already.")
@@ -190,6 +258,11 @@ class Run:
                     failures[turn.arm.name, turn.mtp] = str(e)
         return list(failures.values())
 
+    def _kinds(self, turn: Turn) -> List[str]:
+        """The steps of a turn, by the first part of their key in `seconds`."""
+        burst = ["burst"] if bursts(self.args.chosen[n] for n in turn.loads) else []
+        return [START, *burst, *turn.loads]
+
     def _take(self, turn: Turn, later: List[Turn]) -> None:
         mtp = "" if turn.mtp == "off" else f"-mtp{turn.mtp}"
         stem = f"{turn.repeat + 1}-{turn.arm.name}{mtp}".replace(" ", "_")
@@ -199,11 +272,13 @@ class Run:
         with Client(self.logs / f"{stem}.client.log").running() as client:
             self.bar.set_description(f"{turn.arm.name}: starting")
             with server.running(self.args.start_timeout):
-                self.seconds["start", turn.arm.name, turn.mtp] = server.seconds
+                self.seconds[START, turn.arm.name, turn.mtp] = server.seconds
+                self._record_start(turn, server)
                 self._say(
                     f"{turn.arm.name} {turn.arm.version}, MTP {mtp_title(turn.mtp)}: "
                     f"up in {server.seconds:.0f} s"
                 )
+                self._burst(turn, server, client)
                 for i, name in enumerate(turn.loads):
                     self.bar.set_description(f"{turn.arm.name}: {name}")
                     start = time.monotonic()
@@ -226,8 +301,7 @@ class Run:
         """How long what is left takes, once each kind of step was seen on some arm."""
         steps = [(name, turn.arm.name, turn.mtp) for name in loads]
         for other in later:
-            steps += [(name, other.arm.name, other.mtp) for name in other.loads]
-            steps.append(("start", other.arm.name, other.mtp))
+            steps += [(k, other.arm.name, other.mtp) for k in self._kinds(other)]
         total = 0.0
         for step in steps:
             alike = [v for k, v in self.seconds.items() if k[0] == step[0]]
@@ -236,23 +310,65 @@ class Run:
             total += self.seconds.get(step, max(alike))
         return f"; about {total / 60:.0f} min left" if total else ""
 
+    def _record_start(self, turn: Turn, server: Server) -> None:
+        values = {"start-up": ("s", server.seconds)}
+        if serving.has_gpu() and turn.arm.engine == "sglang":
+            log = server.log.read_text(errors="replace")
+            graphs, memory = serving.captured_graphs(log)
+            values["CUDA graphs"] = ("graphs", graphs)
+            values["CUDA graph memory"] = ("GiB", memory)
+        case = {"load": START, "mtp": mtp_title(turn.mtp)}
+        for metric, (unit, value) in values.items():
+            self.results.append(case, turn.arm.name, metric, unit, round(value, 3))
+        self.results.save(self.path)
+
+    def _burst(self, turn: Turn, server: Server, client: Client) -> None:
+        found = bursts(self.args.chosen[name] for name in turn.loads)
+        if not found:
+            return
+        self.bar.set_description(f"{turn.arm.name}: burst")
+        start = time.monotonic()
+        for i, load in enumerate(found):
+            seed = self.args.seed + BURST_SEED + i
+            self._ask(turn, load, seed, "its burst", server, client)
+        seconds = self.seconds["burst", turn.arm.name, turn.mtp] = (
+            time.monotonic() - start
+        )
+        sizes = ", ".join(f"{load.prompts} of {load.input}" for load in found)
+        self._say(f"{turn.arm.name}, burst, not measured: {sizes} ({seconds:.0f} s)")
+
+    def _ask(
+        self,
+        turn: Turn,
+        load: Load,
+        seed: int,
+        what: str,
+        server: Server,
+        client: Client,
+        tick=lambda: None,
+    ) -> dict:
+        """Sends a load through bench_serving, which empties SGLang's cache before it."""
+        backend = "sglang" if turn.arm.engine == "sglang" else "vllm"
+        arguments = ["--backend", backend, "--host", serving.HOST]
+        arguments += ["--port", str(self.args.port), "--model", str(self.args.model)]
+        arguments += [*load.arguments(), "--seed", str(seed), "--disable-tqdm"]
+        arguments += ["--warmup-requests", str(load.warmups), "--flush-cache"]
+        result = client.send(arguments, server, self.args.load_timeout, tick)
+        if result["completed"] != load.prompts:
+            raise HouseError(
+                f"{turn.arm.name} answered {result['completed']} of {load.prompts} "
+                f"requests of {what}: see {client.log} and {server.log}."
+            )
+        return result
+
     def _send(self, turn: Turn, name: str, server: Server, client: Client) -> str:
         chosen = self.args.chosen[name]
         # vLLM's prefix cache lives as long as its server, so that no load may repeat
         # another's prompts; those of a load are the same in each arm.
         seed = self.args.seed + turn.repeat * len(LOADS) + list(LOADS).index(name)
-        backend = "sglang" if turn.arm.engine == "sglang" else "vllm"
-        arguments = ["--backend", backend, "--host", serving.HOST]
-        arguments += ["--port", str(self.args.port), "--model", str(self.args.model)]
-        arguments += [*chosen.arguments(), "--seed", str(seed), "--disable-tqdm"]
-        arguments += ["--warmup-requests", str(WARMUP), "--flush-cache"]
         before = server.log.stat().st_size
-        result = client.send(arguments, server, self.args.load_timeout)
-        if result["completed"] != chosen.prompts:
-            raise HouseError(
-                f"{turn.arm.name} answered {result['completed']} of {chosen.prompts} "
-                f"requests of {name}: see {client.log} and {server.log}."
-            )
+        memory = MemoryWatch()
+        result = self._ask(turn, chosen, seed, name, server, client, memory.look)
         case = self.case(name, turn.mtp)
         values = {
             metric: (unit, result[key] * factor)
@@ -260,6 +376,8 @@ class Run:
             if "TPOT" not in metric and "ITL" not in metric or chosen.output > 1
         }
         values.update(self._logged(server, before))
+        if memory.peak:
+            values["peak GPU memory"] = ("GiB", memory.peak)
         if turn.mtp != "off" and result.get("accept_length"):
             values["accepted"] = ("tokens a step", result["accept_length"])
         for metric, (unit, value) in values.items():
@@ -294,7 +412,7 @@ def summary(results: Results) -> str:
     parts = []
     arms = results.arms()
     for mtp in dict.fromkeys(record.case["mtp"] for record in results.records):
-        for metric in SUMMARY:
+        for metric in (*SUMMARY, *OF_START):
             if any(results.select(metric=metric, mtp=mtp)):
                 against = arms[0] if len(arms) > 1 else None
                 shown = table(results, metric, against=against, mtp=mtp)
@@ -349,6 +467,7 @@ def prepare_results(args: argparse.Namespace, arms: List[Arm]) -> Results:
         "weights": weights,
         "server": args.flags,
         "client": CLIENT,
+        "burst": BURST,
         "seed": args.seed,
         "context": args.context,
     }

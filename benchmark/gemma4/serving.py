@@ -35,7 +35,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -500,6 +500,24 @@ class Server:
             )
 
 
+def captured_graphs(log: str) -> Tuple[int, float]:
+    """(CUDA graphs that a server of SGLang captured, the GiB they took), of its log.
+
+    Each runner, the draft's too, reports its begin, a bar, and its end, where some
+    tell the memory; that of the others is what the bar saw leave.
+    """
+    count, memory = 0, 0.0
+    runs = re.findall(r"Capture (?:[^\n]* )?graph begin(.*?graph end[^\n]*)", log, re.S)
+    for run in runs:
+        count += max(map(int, re.findall(r"\d+/(\d+) \[", run)), default=0)
+        told = re.findall(r"graph end.*mem usage=([\d.]+) GB", run)
+        free = [float(value) for value in re.findall(r"avail_mem=([\d.]+) GB", run)]
+        memory += (
+            float(told[-1]) if told else max(free, default=0) - min(free, default=0)
+        )
+    return count, round(memory, 3)
+
+
 class Client:
     """SGLang's bench_serving, imported once and run for each load.
 
@@ -528,8 +546,16 @@ class Client:
             self.process.stdin.close()
             self.process.stdout.close()
 
-    def send(self, arguments: List[str], server: Server, timeout: float) -> dict:
+    def send(
+        self,
+        arguments: List[str],
+        server: Server,
+        timeout: float,
+        tick=lambda: None,
+    ) -> dict:
         """Runs bench_serving with these arguments; returns its result.
+
+        `tick` is called a few times a second meanwhile.
 
         Raises:
             HouseError: It failed, the server died, or it took longer than `timeout`.
@@ -540,12 +566,14 @@ class Client:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
             start = time.monotonic()
-            while not select.select([self.process.stdout], [], [], 1)[0]:
+            while not select.select([self.process.stdout], [], [], 0.2)[0]:
+                tick()
                 server.check_alive("under load")
                 if time.monotonic() - start > timeout:
                     raise HouseError(
                         f"The load took longer than {timeout:.0f} s: see {self.log}."
                     )
+            tick()
             said = self.process.stdout.readline().strip()
             server.check_alive("under load")
             if said != "done" or not output.exists():

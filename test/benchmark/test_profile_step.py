@@ -122,8 +122,53 @@ def test_a_prefill_is_one_step(tmp_path, layer):
     ]
     events, truth = trace(layer, 1)
     (found,), _, _ = measured(read(tmp_path, events), LAYERS, False)
-    truth[GAPS] -= 0.5  # the last kernel ends the step
+    del truth["other"]  # what would prepare the next step
+    truth[GAPS] -= 0.5 * 3
     assert {k: v for k, v in found.items() if v} == pytest.approx(truth)
+    # The scheduler launched the decode step before the request was known to be over.
+    late, _ = trace(FORK, 1)
+    for event in late[:-1]:
+        event["ts"] += 1e6
+    (again,), _, _ = measured(read(tmp_path, events + late), LAYERS, False)
+    assert again == pytest.approx(found)
+
+
+def test_a_step_with_mtp_is_verify_accept_and_draft(tmp_path):
+    """Three drafts between two passes of the target, which begins with its own inputs."""
+    target = []
+    for name, group in FORK:
+        if "stage1" in name:  # its queries are copied, once the cache is written
+            target.append((POINTWISE.format("direct_copy_kernel_cuda"), "attention"))
+            name = "_verify_kernel_stage1"
+        target.append((name, group))
+    draft = [
+        *((GEMM, NORM, GEMM, "_gemma_qkv_rmsnorm_rope_kernel")),
+        *(("_fwd_grouped_kernel_stage1", "_fwd_kernel_stage2", GEMM, NORM, GEMM)),
+        *((GELU, GEMM, NORM, HEAD, "void at::native::cunn_SoftMaxForward<4>")),
+        "void at::native::reduce_kernel<512, 1, ReduceOp<float, at::native::MaxOps<>>>",
+    ]
+    one = [pair for _ in LAYERS for pair in target]
+    one += [(name, group) for name, group in ENDS if name != ENDS[3][0]]
+    one += [(name, profile_step.DRAFT) for _ in range(3) for name in draft]
+    one += [(name, "other") for name in (ENDS[4][0], "assign_extend_cache_locs")]
+    truth, kernels, now = Counter(), [], 0.0
+    for number in range(4):
+        place = -1
+        for name, group in one:
+            if group == "attention":
+                place += "direct_copy" in name
+                group = f"attention, {LAYERS[place].split('_')[0]}"
+            duration = 300.0 if name == HEAD else 2.0
+            if not number:
+                truth[group] += duration
+                truth[GAPS] += 0.5
+            event = {"cat": "kernel", "name": name, "ts": now, "dur": duration}
+            kernels.append(event)
+            now += duration + 0.5
+    groups, _, count = measured(read(tmp_path, kernels), LAYERS, True)
+    assert count == 3
+    for found in groups:
+        assert {k: v for k, v in found.items() if v} == pytest.approx(dict(truth))
 
 
 def test_overlapping_kernels_are_counted_once(tmp_path):

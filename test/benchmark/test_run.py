@@ -99,6 +99,7 @@ def test_both_arms_are_served_and_an_interrupted_run_goes_on(start, tmp_path, po
     assert not marked(tmp_path) and is_free(port)
     first = results.load(path)
     assert first.arms() == [BASE]
+    assert "8 of 31" in out and "burst, not measured" in out
 
     running = start(*command)
     out, err = running.communicate(timeout=400)
@@ -111,6 +112,10 @@ def test_both_arms_are_served_and_an_interrupted_run_goes_on(start, tmp_path, po
         assert found.get(CASE, arm, "output").median > 0
         # bench_serving counted 8 prompts of 31 tokens, less what the cache keeps whole.
         assert 8 * 15 < found.get(CASE, arm, "prompt tokens prefilled").median < 8 * 62
+        (start_up,) = found.select(arm, "start-up")
+        assert start_up.case == {"load": "start", "mtp": "off"}
+        assert 0 < start_up.median < 400
+        assert not list(found.select(arm, "peak GPU memory")) or serving.has_gpu()
     assert any("does not serve on a CPU" in note for note in found.notes)
     arms = found.settings["arms"]
     assert arms[BASE]["version"] == "0.5.12.post1"
@@ -210,6 +215,60 @@ def test_what_bench_serving_is_told():
     assert (
         int(shared["--gsp-num-groups"]) * int(shared["--gsp-prompts-per-group"]) == 80
     )
+
+
+def test_bursts_reach_the_shapes_of_the_loads():
+    def sizes(*names):
+        return [
+            (load.input, load.prompts)
+            for load in run.bursts(run.LOADS[name] for name in names)
+        ]
+
+    assert sizes("chat") == [(1000, 80)]
+    # 16 long prompts fill chunks of two, and 80 short ones decode together.
+    assert sizes("summarization", "chat", "stream") == [(1000, 80), (8000, 16)]
+    assert sizes("summarization") == [(1000, 80), (8000, 16)]
+    assert sizes("long", "128k") == [(1000, 4), (65536, 2)]
+    # Prompts one at a time: their own warm-ups meet all there is.
+    assert sizes("stream", "prefill", "128k") == []
+    assert run.LOADS["128k"].warmups == 1 and run.LOADS["chat"].warmups == 2
+
+
+def test_graphs_are_counted_in_the_log():
+    """Two runners: the draft's does not tell its memory, but its bar does."""
+    bar = "Capturing batches (bs={} avail_mem={} GB): {}%| {}/2 [00:00<00:01]"
+    log = "\n".join(
+        [
+            "Capture cuda graph begin. This can take minutes. avail mem=20.72 GB",
+            "Capture cuda graph bs [1, 80]",
+            bar.format(80, "20.70", 0, 0) + "\r" + bar.format(1, "20.10", 50, 1),
+            "Capture cuda graph end. Time elapsed: 7 s. mem usage=0.74 GB. avail mem=2 GB.",
+            "Capture Frozen-KV MTP draft cuda graph begin.",
+            bar.format(80, "19.13", 0, 0) + "\r" + bar.format(1, "18.80", 50, 1),
+            "Capture Frozen-KV MTP draft cuda graph end.",
+        ]
+    )
+    assert serving.captured_graphs(log) == (4, 1.07)
+    assert serving.captured_graphs("The server is fired up") == (0, 0.0)
+
+
+def test_the_peak_of_the_memory(monkeypatch, tmp_path):
+    """nvidia-smi is hardware that is not there; what it prints is MiB."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\ncat $0.says\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(serving, "has_gpu", lambda: True)
+    watch = run.MemoryWatch()
+    for says in ("2048", "4096", "1024", "[N/A]"):
+        program.with_suffix(".says").write_text(says)
+        watch.next = 0.0
+        watch.look()
+    assert watch.peak == 4.0
+    monkeypatch.setattr(serving, "has_gpu", lambda: False)
+    unseen = run.MemoryWatch()
+    unseen.look()
+    assert unseen.peak == 0.0
 
 
 def test_turns_are_interleaved_and_resumed(tmp_path):
