@@ -14,7 +14,8 @@ turns, replay by replay. Three parts, in Gemma-4-26B-A4B's shapes:
 - `attention`: both kernels of a decode layer, over KV slots in random order that take
   turns, so that they come from memory.
 
-`bytes` is what must be read and written at the rate of a large copy.
+`bytes` is what must be read and written at the rate of a large copy; `--fa4 SITE` adds
+FlashAttention 4 (fa4.py) to the attention.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+import fa4  # noqa: E402
 from results import FOLDER, Results, table  # noqa: E402
 from timing import copy_rate, time_in_turn  # noqa: E402
 
@@ -227,6 +229,19 @@ class Attention:
 
         return [lambda i=indices: call(i) for indices in self.indices]
 
+    def flash(self, function: Callable) -> List[Callable[[], object]]:
+        """FlashAttention 4; the newest token is one of those that are seen."""
+        calls = []
+        # The scale is in q; vLLM's call takes its own.
+        q = self.q * self.D**0.5
+        for indices in self.indices:
+            rows = indices.split(self.seen)
+            keys, values = ([x[row] for row in rows] for x in (self.k, self.v))
+            paged = fa4.Paged(keys, values)
+            new, window = [1] * self.requests, self.window or -1
+            calls.append(paged.call(function, q, new, window, self.out))
+        return calls
+
     def check(self, name: str, calls: List[Callable[[], object]]) -> None:
         self.out.fill_(float("nan"))
         calls[0]()
@@ -267,6 +282,7 @@ def main() -> None:
     parser.add_argument("--name", default="decode", help="of the result file")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of results")
     parser.add_argument("--base", type=Path, required=True, help="the base, unpacked")
+    parser.add_argument("--fa4", type=Path, metavar="SITE", help="where vLLM lies")
     parser.add_argument("--replays", type=int, default=15, help="samples of each arm")
     args = parser.parse_args()
     path = args.out / f"{args.name}.json"
@@ -280,6 +296,7 @@ def main() -> None:
     import sglang.srt.layers.attention.triton_ops.decode_attention as fork_decode
     import sglang.srt.layers.gemma4_fused_ops as fork_ops
 
+    flash = fa4.load(args.fa4) if args.fa4 else None
     torch.manual_seed(0)
     rate = copy_rate()
     results = Results.start(
@@ -338,6 +355,8 @@ def main() -> None:
                 "base": attention.arm(base_decode, 8),
                 "fork": attention.arm(fork_decode, most_splits(requests)),
             }
+            if flash:
+                arms["FlashAttention 4"] = attention.flash(flash)
             for arm, calls in arms.items():
                 attention.check(arm, calls)
             case = {"layer": layer, "tokens each": length, "requests": requests}

@@ -4,7 +4,8 @@
     python benchmark/gemma4/bench_extend.py --name heads --base DIR --shapes heads
 
 DIR holds the pinned release (`pip install --no-deps --target DIR sglang==VERSION`);
-`--peer NAME=DIR` adds another version's file. Arms take turns, sample by sample, on the
+`--peer NAME=DIR` adds another version's file, `--fa4 SITE` FlashAttention 4 (fa4.py).
+With `--fused` q, k and v are views of one projection's output, as in a model. Arms take turns, sample by sample, on the
 same tensors, whose prefix lies in shuffled slots of a pool. Every arm's answer is
 compared with the first one's before it is timed. `model` shapes are Gemma-4-26B-A4B's
 sliding and full layers; `heads` are other head sizes, for what must not get slower.
@@ -14,14 +15,16 @@ import argparse
 import hashlib
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Optional
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+import fa4  # noqa: E402
 from results import FOLDER, Results, tables  # noqa: E402
 
 FILE = "sglang/srt/layers/attention/triton_ops/extend_attention.py"
@@ -66,7 +69,7 @@ def _load(name: str, folder: Path) -> tuple:
     return module, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _inputs(heads: tuple, batch: tuple) -> tuple:
+def _inputs(heads: tuple, batch: tuple, fused: bool) -> tuple:
     num_heads, num_kv_heads, dim, v_dim, window = heads
     extend, prefix = batch
     # As the backend passes it: a sliding layer gets a request's last keys alone.
@@ -84,10 +87,15 @@ def _inputs(heads: tuple, batch: tuple) -> tuple:
     num_new, num_cached = sum(extend), sum(prefix)
     slots = torch.randperm(num_cached + 1, device="cuda", generator=generator)
     out = torch.empty((num_new, num_heads, v_dim), device="cuda", dtype=torch.bfloat16)
+    shapes = ((num_heads, dim), (num_kv_heads, dim), (num_kv_heads, v_dim))
+    if fused:
+        sizes = [h * d for h, d in shapes]
+        parts = draw(num_new, sum(sizes)).split(sizes, dim=1)
+        qkv = [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
+    else:
+        qkv = [draw(num_new, *shape) for shape in shapes]
     return (
-        draw(num_new, num_heads, dim),
-        draw(num_new, num_kv_heads, dim),
-        draw(num_new, num_kv_heads, v_dim),
+        *qkv,
         out,
         draw(num_cached + 1, num_kv_heads, dim),
         draw(num_cached + 1, num_kv_heads, v_dim),
@@ -101,6 +109,23 @@ def _inputs(heads: tuple, batch: tuple) -> tuple:
         1.0,
         1.0,
     )
+
+
+def _fa4_launch(function: Callable, inputs: tuple, heads: tuple, batch: tuple):
+    """FlashAttention 4 on the same keys, or None where it has no such head size."""
+    dim, v_dim, window = heads[2:]
+    if (dim, v_dim) not in ((256, 256), (512, 512)):
+        return None
+    q, k, v, out, k_buffer, v_buffer, _, kv_indptr, slots = inputs[:9]
+    keys, values = [], []
+    bounds, first = kv_indptr.tolist(), 0
+    for i, new in enumerate(batch[0]):
+        cached = slots[bounds[i] : bounds[i + 1]]
+        for found, buffer, x in ((keys, k_buffer, k), (values, v_buffer, v)):
+            found.append(torch.cat([buffer[cached], x[first : first + new]]))
+        first += new
+    paged = fa4.Paged(keys, values)
+    return paged.call(function, q.contiguous(), batch[0], window, out)
 
 
 def _sample(launch: Callable[[], None], repeats: int) -> float:
@@ -128,19 +153,25 @@ def _flops(heads: tuple, batch: tuple) -> int:
 def _measure(
     results: Results,
     arms: Dict[str, ModuleType],
+    flash: Optional[Callable],
     layer: str,
     heads: tuple,
     name: str,
     batch: tuple,
-    samples: int,
+    args: argparse.Namespace,
 ) -> None:
-    inputs = _inputs(heads, batch)
+    inputs = _inputs(heads, batch, args.fused)
+    calls = {
+        arm: partial(
+            module.extend_attention_fwd, *inputs, sliding_window_size=heads[-1]
+        )
+        for arm, module in arms.items()
+    }
+    launch = _fa4_launch(flash, inputs, heads, batch) if flash else None
+    if launch:
+        calls["FlashAttention 4"] = launch
     launches, repeats, expected = {}, {}, None
-    for arm, module in arms.items():
-
-        def launch(module=module):
-            module.extend_attention_fwd(*inputs, sliding_window_size=heads[-1])
-
+    for arm, launch in calls.items():
         inputs[3].fill_(float("nan"))
         launch()
         got = inputs[3].float()
@@ -153,15 +184,15 @@ def _measure(
             )
         launches[arm] = launch
         repeats[arm] = max(1, round(TARGET_MS / max(_sample(launch, 1), 0.02)))
-    times: Dict[str, List[float]] = {arm: [] for arm in arms}
-    for _ in range(samples):
+    times: Dict[str, List[float]] = {arm: [] for arm in launches}
+    for _ in range(args.samples):
         for arm, launch in launches.items():
             times[arm].append(round(_sample(launch, repeats[arm]), 5))
     case = {"layer": layer, "new + cached": name}
     for arm, values in times.items():
         results.add(case, arm, "time", "ms", values)
     flops = _flops(heads, batch)
-    for arm in arms:
+    for arm in launches:
         milliseconds = results.get(case, arm, "time").median
         rate = round(flops / milliseconds / 1e9, 1)
         results.add(case, arm, "rate", "TFLOP/s", [rate])
@@ -184,6 +215,8 @@ def main() -> None:
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=DIR", help="another tree"
     )
+    parser.add_argument("--fa4", type=Path, metavar="SITE", help="where vLLM lies")
+    parser.add_argument("--fused", action="store_true", help="views of a projection")
     parser.add_argument("--shapes", choices=["model", "heads"], default="model")
     parser.add_argument("--samples", type=int, default=7, help="of each arm")
     args = parser.parse_args()
@@ -200,18 +233,22 @@ def main() -> None:
         folders[name] = Path(folder)
     folders["fork"] = args.fork
 
+    flash = fa4.load(args.fa4) if args.fa4 else None
     loaded = {name: _load(name, folder) for name, folder in folders.items()}
     arms = {name: module for name, (module, _) in loaded.items()}
     results = Results.start(
         *("kernels", args.name, "Extend attention"),
         dtype="bfloat16",
+        fused=args.fused,
         file_sha256={name: sha256 for name, (_, sha256) in loaded.items()},
     )
     layers = MODEL if args.shapes == "model" else HEADS
     batches = MODEL_BATCHES if args.shapes == "model" else HEADS_BATCHES
     cases = [(layer, name) for layer in layers for name in batches]
     for layer, name in tqdm(cases, unit="case"):
-        _measure(results, arms, layer, layers[layer], name, batches[name], args.samples)
+        _measure(
+            *(results, arms, flash, layer, layers[layer], name, batches[name], args)
+        )
         torch.cuda.empty_cache()
 
     print(f"wrote {results.save(path)}")

@@ -10,7 +10,8 @@ extend kernel of the release, which verified there, `fork` the verify kernel.
 
 A sample is one replay of a CUDA graph whose launches go through copies of the KV cache
 that together are larger than the L2 cache, as the layers of a model do; the arms take
-turns, replay by replay. `bytes` is K and V of the prefix at the rate of a large copy.
+turns, replay by replay. `bytes` is K and V of the prefix at the rate of a large copy;
+`--fa4 SITE` adds FlashAttention 4 (fa4.py), for the layers of Gemma 4.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+import fa4  # noqa: E402
 from results import FOLDER, Results, tables  # noqa: E402
 from timing import copy_rate, time_in_turn  # noqa: E402
 
@@ -83,6 +85,7 @@ class Layer:
         Lq, Lv, self.window = layer["head_dim"], layer["v_head_dim"], layer["window"]
         lens = MIXED[:requests] if tokens == "mixed" else [tokens] * requests
         kept = [min(n, self.window) if self.window > 0 else n for n in lens]
+        self.kept = kept
         used, batch, self.drafted = sum(kept), len(lens), drafted
         self.bytes = used * kv_heads * (Lq if name == "mla" else Lq + Lv) * 2
         copies = max(1, min(64, round(COLD_BYTES / self.bytes)))
@@ -132,6 +135,22 @@ class Layer:
         )
         return o
 
+    def flash(self, function):
+        """Launches of FlashAttention 4, one for each copy."""
+        launches, new = [], [self.drafted] * len(self.kept)
+        for q, k, v, o, k_buffer, v_buffer, slots in self.copies:
+            paged = fa4.Paged(
+                *(
+                    [
+                        torch.cat(pair)
+                        for pair in zip(buffer[slots].split(self.kept), x.split(new))
+                    ]
+                    for buffer, x in ((k_buffer, k), (v_buffer, v))
+                )
+            )
+            launches.append(paged.call(function, q, new, self.window, o))
+        return launches
+
     def fork(self, function, i):
         q, k, v, o, k_buffer, v_buffer, slots = self.copies[i % len(self.copies)]
         cores = torch.cuda.get_device_properties(0).multi_processor_count
@@ -154,6 +173,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--drafted", type=int, default=4, help="tokens a request")
     parser.add_argument("--replays", type=int, default=11, help="samples of each arm")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--fa4", type=Path, metavar="SITE", help="where vLLM lies")
     parser.add_argument("--kernel", type=Path, help="another verify_attention.py")
     parser.add_argument(
         "--base-kernel", type=Path, help="the base's extend_attention.py"
@@ -172,6 +192,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         base_kernel = args.base_kernel or _base_kernel(folder)
         base, base_sha256 = _module("base_extend_attention", base_kernel)
         fork, sha256 = _module("verify_attention", kernel)
+        flash = fa4.load(args.fa4) if args.fa4 else None
         rate = copy_rate()
         results = Results.start(
             *("kernels", args.name, "Attention of a verify step"),
@@ -202,6 +223,15 @@ def main(argv: Optional[List[str]] = None) -> None:
                 "base": [partial(run_base, i) for i in range(len(layer.copies))],
                 "fork": [partial(run_fork, i) for i in range(launches)],
             }
+            if flash and name in ("sliding", "full"):
+                calls = layer.flash(flash)
+                calls[0]()
+                got = layer.copies[0][3].float()
+                if not torch.allclose(got, expected, rtol=2e-2, atol=4e-3):
+                    raise SystemExit(
+                        f"FA4 and base differ in {name} {requests} {tokens}"
+                    )
+                arms["FlashAttention 4"] = calls
             case = {"layer": name, "requests": requests, "tokens": tokens}
             for arm, samples in time_in_turn(arms, args.replays).items():
                 results.add(case, arm, "time", "us", samples)

@@ -5,10 +5,11 @@
 
 For each arm (see serving.py) a server is started; torch.profiler records, through its
 /start_profile, the kernels of one prompt's prefill, and those of a few decode steps
-while 1, 8 and 80 requests decode; with --mtp a step drafts, verifies and accepts. Each instant of a step goes to the group of the
-kernel that runs then, or to `gaps` where none does, so that the groups add up to the
-step. A decode step lasts from the first kernel of one step's first attention to that
-of the next; a prefill from its first kernel to its sampled token.
+while 1, 8 and 80 requests decode; with --mtp a step verifies, accepts and drafts. Each
+instant of a step goes to the group of the kernel that runs then, or to `gaps` where
+none does, so that the groups add up to the step. A decode step lasts from the first
+kernel of one step's first attention to that of the next; a prefill from its first
+kernel to its sampled token.
 
 Groups are found by the kernels' names, and where many layers share a name by their
 place: the attention kernels between two other kernels are one layer's, and the layers'
@@ -243,11 +244,17 @@ def _group_layer(kernels, first: int, end: int, past: int, attention: str) -> No
         else:
             kernel.group = kernel.kind
     if routing:
-        # The product that makes the router's logits is the last before its selection.
+        # The product that makes the router's logits is the shortest before its
+        # selection: it has one column an expert. The sum of its parts may follow it.
         before = [i for i in range(routing[0]) if part[i].kind == MATMUL]
-        if before:
+        products = [i for i in before if "reduce" not in part[i].name.lower()]
+        if products:
+            router = min(products, key=lambda i: part[i].end - part[i].start)
+            part[router].group = ROUTING
+            if router + 1 in before and router + 1 not in products:
+                part[router + 1].group = ROUTING
             for kernel in part[before[-1] : routing[0]]:
-                if kernel.kind in (MATMUL, OTHER):
+                if kernel.kind == OTHER:
                     kernel.group = ROUTING
 
 

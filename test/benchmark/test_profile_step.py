@@ -19,12 +19,16 @@ from profile_step import GAPS, measured  # noqa: E402
 LAYERS = (["sliding_attention"] * 5 + ["full_attention"]) * 2
 HEAD = "nvjet_tst_128x64_64x8_2x1_v_bz_TNT"
 GEMM = "nvjet_tst_64x8_64x16_4x1_v_bz_splitK_TNT"
+# The router's, with the sum of its parts.
+ROUTER = "nvjet_tst_64x32_64x16_2x4_h_bz_splitK_TNT"
+REDUCE = "void cublasLt::splitKreduce_kernel<32, 16, int, float>"
 POINTWISE = "void at::native::vectorized_elementwise_kernel<4, at::native::{}>"
 NORM, GELU = "_gemma_rmsnorm_residual_kernel", "act_and_mul_kernel"
 EXPERT_KERNELS = [
     *("moe_align_block_size_kernel", "count_and_sort_expert_tokens_kernel"),
     *("fused_moe_kernel", GELU, "fused_moe_kernel", "_moe_sum_reduce_kernel"),
 ]
+LASTS = {HEAD: 300.0, ROUTER: 0.5, REDUCE: 0.25}
 # A layer's kernels from its attention to the next one's, with the group of each.
 FORK = [
     ("void flashinfer::norm::RMSNormKernel<8u>", "norms and rope"),
@@ -34,20 +38,27 @@ FORK = [
     ("_fwd_grouped_kernel_stage1", "attention"),
     ("_fwd_kernel_stage2", "attention"),
     (GEMM, "projections"),
-    (NORM, "norms and rope"),
-    (GEMM, "projections"),
+    (REDUCE, "projections"),
+    ("_gemma_pre_feedforward_kernel", "norms and rope"),
+    *((ROUTER, "routing"), (REDUCE, "routing")),
+    *((GEMM, "projections"), (REDUCE, "projections")),
     ("void flashinfer::activation::act_and_mul_kernel<bf16, gelu>", "projections"),
     (GEMM, "projections"),
-    (NORM, "norms and rope"),
-    (GEMM, "routing"),
-    (NORM, "norms and rope"),
     ("_gemma4_routing_kernel", "routing"),
     *((name, "experts") for name in EXPERT_KERNELS),
     ("_gemma_dual_rmsnorm_residual_kernel", "norms and rope"),
 ]
-# The release routes with torch's kernels, whose names say little.
+# The release routes behind the dense MLP, with torch's kernels, whose names say little.
+_NORMS = FORK.index(("_gemma_pre_feedforward_kernel", "norms and rope"))
+_CHOICE = FORK.index(("_gemma4_routing_kernel", "routing"))
 BASE = [
-    *(pair for pair in FORK if pair[0] != "_gemma4_routing_kernel"),
+    *FORK[:_NORMS],
+    (NORM, "norms and rope"),
+    *FORK[_NORMS + 3 : _CHOICE],
+    (NORM, "norms and rope"),
+    *FORK[_NORMS + 1 : _NORMS + 3],
+    (NORM, "norms and rope"),
+    *FORK[_CHOICE + 1 :],
 ]
 _AT = BASE.index(("moe_align_block_size_kernel", "experts"))
 BASE[_AT:_AT] = [
@@ -70,7 +81,7 @@ ENDS = [
 def trace(layer, passes: int, skip: int = 0, gap: float = 0.5):
     """(events, truth): so many forward passes, less the first `skip` kernels.
 
-    Kernels last 1 to 7 µs by their place, the head 300; between two lie `gap` µs.
+    Kernels last 1 to 7 µs by their place, or as LASTS says; between two lie `gap` µs.
     The truth is a pass's µs by group.
     """
     now, events, truth = 1000.0, [], Counter()
@@ -83,7 +94,7 @@ def trace(layer, passes: int, skip: int = 0, gap: float = 0.5):
                 one.append((name, group))
         one += ENDS
         for place, (name, group) in enumerate(one):
-            duration = 300.0 if name == HEAD else 1.0 + place % 7
+            duration = LASTS.get(name, 1.0 + place % 7)
             if number == 0:
                 truth[group] += duration
                 truth[GAPS] += gap
@@ -158,7 +169,7 @@ def test_a_step_with_mtp_is_verify_accept_and_draft(tmp_path):
             if group == "attention":
                 place += "direct_copy" in name
                 group = f"attention, {LAYERS[place].split('_')[0]}"
-            duration = 300.0 if name == HEAD else 2.0
+            duration = LASTS.get(name, 2.0)
             if not number:
                 truth[group] += duration
                 truth[GAPS] += 0.5
