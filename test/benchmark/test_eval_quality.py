@@ -1,5 +1,6 @@
 """The tasks of the trained model, its training, and what tells a wrong arm from a right one."""
 
+import dataclasses
 import json
 import random
 import sys
@@ -90,6 +91,7 @@ def test_training_sequences_are_as_long_as_they_look():
     for _ in range(20):
         writer = trained.training_sequence(generator, 256)
         assert len(writer.tokens) == len(writer.certain) == len(writer.positions) == 256
+        assert len(writer.weights) == 256
         assert solve(writer.tokens, writer.certain) > 5
         steps = [b - a for a, b in zip(writer.positions, writer.positions[1:])]
         assert all(step >= 1 for step in steps)
@@ -97,6 +99,32 @@ def test_training_sequences_are_as_long_as_they_look():
             if step > 1:  # fillers alone are seen across a jump
                 near = writer.tokens[place - WINDOW + 1 : place + WINDOW]
                 assert all(FILLER <= token for token in near)
+                around = writer.weights[place - WINDOW + 1 : place + WINDOW + 1]
+                assert sum(around) == pytest.approx(2 * WINDOW + step - 1)
+
+
+def test_a_token_that_stands_for_many_draws_as_much_attention():
+    weights = torch.tensor([[1.0, 5.0, 1.0, 1.0]])
+    mask = trained._masks(weights)["full_attention"]
+    query, key, value = torch.randn(3, 1, 1, 4, 8, generator=torch.manual_seed(0))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    found = attend(query, key, value, attn_mask=mask)[0, 0, 3]
+    many = [0, 1, 1, 1, 1, 1, 2, 3]
+    key, value = key[:, :, many], value[:, :, many]
+    assert torch.allclose(found, attend(query[:, :, 3:], key, value)[0, 0, 0])
+    window = trained._masks(torch.ones(1, WINDOW + 2))["sliding_attention"][0, 0]
+    assert window[WINDOW + 1].tolist() == [False, False] + [True] * WINDOW
+
+
+def test_recall_across_the_window_is_learned(monkeypatch):
+    """On its own, and by two layers: the whole recipe takes minutes."""
+    layers = ["sliding_attention", "full_attention"]
+    text = {**trained.SHAPE.text, "num_hidden_layers": 2, "layer_types": layers}
+    shape = dataclasses.replace(trained.SHAPE, text=text)
+    monkeypatch.setattr(trained, "SHAPE", shape)
+    model = trained.build()
+    trained.train(model, 200, "cpu", batch=8, mix=["recall"])
+    assert trained.right(model, "recall", count=8) >= trained.LEAST_RECALL
 
 
 @pytest.fixture(scope="module")
