@@ -57,6 +57,7 @@ class Case:
     kv_dtype: Optional[torch.dtype] = None
     unified: bool = False
     spare_rows: int = 0  # rows of q beyond the last sequence, as a padded batch has
+    fused: bool = False  # q, k and v are views of one projection's output
 
     def __str__(self):
         changed = [
@@ -200,6 +201,11 @@ class Inputs:
             return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(DEVICE)
 
         q, k, v = (x.to(DEVICE) for x in (self.q, self.k, self.v))
+        if case.fused:
+            sizes = [x[0].numel() for x in (q, k, v)]
+            qkv = torch.cat([x.flatten(1) for x in (q, k, v)], dim=1)
+            views = qkv.split(sizes, dim=1)
+            q, k, v = (x.unflatten(1, y.shape[1:]) for x, y in zip(views, (q, k, v)))
         k_buffer, v_buffer = self.k_buffer.to(DEVICE), self.v_buffer.to(DEVICE)
         o = torch.full((*q.shape[:2], v.shape[-1]), 7.0, dtype=case.dtype).to(DEVICE)
         # As the backend has them: of unlike types
@@ -303,6 +309,8 @@ FEATURES = [
     Case(k_scale=0.5, v_scale=2.0),
     Case(dim=80),
     Case(dim=192, v_dim=128),
+    Case(fused=True),
+    Case(fused=True, window=33, dim=192, v_dim=128),
     Case(heads=8, kv_heads=1, prefix=(0, 0)),
     Case(extend=(1, 0, 66, 1), prefix=(90, 4, 0, 0), spare_rows=3),
 ]

@@ -153,7 +153,8 @@ def test_as_the_five_kernels(M):
     from sgl_kernel import fused_add_rmsnorm, rmsnorm
 
     x, residual, weights = _inputs(M, 2816, torch.bfloat16)
-    x, residual = x.contiguous(), residual.contiguous()
+    # A row of a wider one is contiguous, but its first byte is not aligned.
+    x, residual = x.clone(), residual.clone()
     post, mlp, router, moe = weights
     summed = residual.clone()
     hidden = rmsnorm(x, post, EPS[0])
@@ -166,7 +167,8 @@ def test_as_the_five_kernels(M):
     outputs = ops.gemma_pre_feedforward_rmsnorms(x, residual, *weights, *EPS)
     for got, want in zip((residual, *outputs), expected):
         assert (got != want).float().mean() < 0.01
-        torch.testing.assert_close(got, want, rtol=2**-6, atol=1e-6)
+        # Of numbers near 1 that nearly cancel, a rounding is what is left.
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
 
 
 def _branch_inputs(folder: str, port: int) -> list:

@@ -71,6 +71,7 @@ class Case:
 
     lens: length of each sequence before the draft. A window leaves its last `window`
     tokens in kv_indices, as the backend does. Slots that no sequence holds are NaN.
+    fused: q, k and v of the draft are views of one projection's output.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Case:
         kv_dtype=None,
         mla=False,
         mask=True,
+        fused=False,
         seed=0,
         **options,
     ):
@@ -117,6 +119,13 @@ class Case:
         self.q = normal(tokens, heads, head_dim)
         self.k_draft = normal(tokens, kv_heads, head_dim)
         self.v_draft = normal(tokens, kv_heads, v_head_dim)
+        if fused:
+            qkv = (self.q, self.k_draft, self.v_draft)
+            rows = torch.cat([x.flatten(1) for x in qkv], dim=1)
+            views = rows.split([x[0].numel() for x in qkv], dim=1)
+            self.q, self.k_draft, self.v_draft = (
+                view.unflatten(1, x.shape[1:]) for view, x in zip(views, qkv)
+            )
         self.sinks = normal(heads).float() if self.options.pop("sinks", 0) else None
 
         self.kv_indptr = self._indptr(self.kept, torch.int32)
@@ -245,6 +254,16 @@ SMALL = {
     "no mask": dict(
         lens=[70, 1], num_draft=4, heads=4, kv_heads=2, head_dim=32, mask=False
     ),
+    "views of one projection": dict(
+        lens=[70, 1, 200],
+        num_draft=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        v_head_dim=32,
+        window=64,
+        fused=True,
+    ),
     "MLA": dict(
         lens=[150, 2],
         num_draft=3,
@@ -333,14 +352,18 @@ def test_splits(programs_per_core, share):
 def _forward_extend(case, mode, monkeypatch, cuda=True, **changes):
     """TritonAttnBackend.forward_extend on a case, as the target verifies.
 
-    Returns (output, name of the kernel that made it).
+    Returns (output, name of the kernel that made it). The keys and values that the
+    kernel was given are appended to the list `given`.
     """
+    given = changes.pop("given", None)
     monkeypatch.setattr(triton_backend, "_is_cuda", cuda)
     calls = []
 
     def recorded(name, function):
         def call(*args, **kwargs):
             calls.append(name)
+            if given is not None:
+                given.extend(args[1:3])
             return function(*args, **kwargs)
 
         return call
@@ -410,6 +433,53 @@ def test_backend_verifies_with_the_kernel(window, monkeypatch):
     assert (o - case.expected()).abs().max() <= TOLERANCE[torch.float16]
 
 
+def _elsewhere(x, first, row, dim):
+    """The values of x in rows of `row` elements (a head's side by side, unless dim is
+    1), from element `first` of a tensor that begins at a multiple of 16 bytes."""
+    tokens, heads, size = x.shape
+    strides = (row, size, 1) if dim == 2 else (row, 1, heads)
+    room = torch.full((first + tokens * row,), float("nan"), dtype=x.dtype)
+    view = room.to(DEVICE).as_strided(x.shape, strides, first)
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize(
+    "mode", [ForwardMode.TARGET_VERIFY, ForwardMode.EXTEND], ids=lambda mode: mode.name
+)
+@pytest.mark.parametrize(
+    "first, row, dim, in_place",
+    [
+        (16, 256, 2, True),  # as in a fused projection
+        (1, 256, 2, False),  # not at a multiple of 16 bytes
+        (16, 250, 2, False),  # nor are the rows
+        (16, 256, 1, False),  # a head's elements are not side by side
+    ],
+)
+def test_backend_copies_only_what_kernels_cannot_load(
+    first, row, dim, in_place, mode, monkeypatch
+):
+    case = Case([100, 0, 30], 4, 4, 2, 32, mask=False, dtype=torch.float16)
+    k, v = (_elsewhere(x, first, row, dim) for x in (case.k_draft, case.v_draft))
+    case.k_draft, case.v_draft = k, v
+    given = []
+    o, _ = _forward_extend(case, mode, monkeypatch, given=given)
+    assert [x.data_ptr() == y.data_ptr() for x, y in zip(given, (k, v))] == [
+        in_place
+    ] * 2
+    o = o.view(*case.q.shape).to(torch.float64)
+    assert (o - case.expected()).abs().max() <= TOLERANCE[torch.float16]
+
+
+def test_backend_copies_rows_beyond_int32():
+    """The kernels compute offsets in int32; no memory is needed to see that."""
+    for tokens, copied in ((2**18 - 1, False), (2**18, True)):
+        x = mock.Mock(shape=(tokens, 8, 256))
+        x.stride = (8192, 256, 1).__getitem__
+        x.data_ptr.return_value = 0
+        triton_backend._copy_unless_loadable(x)
+        assert x.contiguous.called == copied
+
+
 def test_what_the_kernel_does_not_cover(monkeypatch):
     """Draft-extend, prefill, other GPUs, attention to what comes after, and batch
     invariance stay with the kernels that they had."""
@@ -474,6 +544,16 @@ LARGE = [
     ),
     dict(lens=[900, 40], num_draft=7, heads=8, kv_heads=2, head_dim=80, topk=2),
     dict(lens=[31, 2000], num_draft=4, heads=32, kv_heads=8, head_dim=128, sinks=1),
+    dict(
+        lens=[900, 3000],
+        num_draft=4,
+        heads=16,
+        kv_heads=8,
+        head_dim=256,
+        window=1023,
+        fused=True,
+    ),
+    dict(lens=[900], num_draft=4, heads=16, kv_heads=2, head_dim=512, fused=True),
 ]
 
 

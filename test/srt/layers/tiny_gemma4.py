@@ -63,7 +63,11 @@ def ask_model(question: Callable[[str, int], list], folder: Path) -> list:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = {"TRITON_INTERPRET": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+    environment = {
+        "TRITON_INTERPRET": "1",
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     spawn = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(
         1, mp_context=spawn

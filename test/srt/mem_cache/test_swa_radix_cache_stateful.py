@@ -6,6 +6,9 @@ writes into every slot it is given the id of the token sequence that ends there,
 reads back every slot that attention would read. A slot that was freed too early, or
 that another request wrote to, then holds the id of another sequence.
 
+Steps of MTP are among them, one after the other (spec v1), and with slots allocated
+ahead while the result of the last step is not processed yet (spec v2).
+
 After each step every slot is either free or held by exactly one owner, and each
 running request still holds its whole prompt and its whole sliding window. At the end
 nothing is held but by the tree, and evicting the tree fills both pools again.
@@ -38,6 +41,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.environ import envs
 from sglang.srt.managers import scheduler as scheduler_module
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler
@@ -51,6 +55,8 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool, SWATokenToKVPoolAllo
 from sglang.srt.mem_cache.swa_radix_cache import SWARadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.speculative.eagle_info_v2 import assign_extend_cache_locs_func
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.test.ci.ci_register import register_cpu_ci
 
@@ -118,8 +124,9 @@ class CPUScheduler(Scheduler):
         )
         self.page_size = page_size
         self.window = window
+        # As wide as a server's, which drafts beyond the context's end.
         self.req_to_token_pool = ReqToTokenPool(
-            MAX_REQS, CONTEXT_LEN + DRAFT_TOKENS, "cpu", enable_memory_saver=False
+            MAX_REQS, CONTEXT_LEN + 4 + DRAFT_TOKENS, "cpu", enable_memory_saver=False
         )
         self.kv_pool = SWAKVPool(
             size=full_size,
@@ -155,6 +162,10 @@ class CPUScheduler(Scheduler):
         self.chunked_prefill_size = chunk
         self.is_mixed_chunk = mixed
         self.enable_overlap = overlap
+        self.model_worker = SimpleNamespace(on_verify_complete_cpu=lambda drafts: None)
+        self.future_map = FutureMap(
+            MAX_REQS, chunk, CONTEXT_LEN, "cpu", self.spec_algorithm
+        )
         self.policy = SchedulePolicy("fcfs", self.tree_cache, False, False, False)
 
         self.waiting_queue: List[Req] = []
@@ -245,8 +256,13 @@ class CPUScheduler(Scheduler):
 
     def forward(self, batch: ScheduleBatch) -> GenerationBatchResult:
         self.forward_ct += 1
+        if batch.is_spec_v2:
+            return self.forward_spec_v2(batch)
         if batch.forward_mode.is_decode() and not batch.spec_algorithm.is_none():
             return self.verify(batch)
+        return self.forward_target(batch)
+
+    def forward_target(self, batch: ScheduleBatch) -> GenerationBatchResult:
         decoding = batch.reqs if batch.forward_mode.is_decode() else batch.decoding_reqs
         lens = [1] * len(batch.reqs)
         if batch.forward_mode.is_extend():
@@ -288,17 +304,9 @@ class CPUScheduler(Scheduler):
         ):
             tokens = req.origin_input_ids + req.output_ids
             assert len(tokens) == seq_len + 1
-            num_right = len(tokens) % DRAFT_TOKENS  # of DRAFT_TOKENS - 1 drafts
-            drafts = list(tokens)
-            for i in range(DRAFT_TOKENS - 1):
-                right = self.sequences.next_token(drafts)
-                drafts.append(right if i < num_right else right + 3)
-            self.attend(req, drafts, locs)
             num_accepted = 0
-            for i in range(num_right + 1):
-                req.output_ids.append(
-                    self.sequences.next_token(drafts[: seq_len + 1 + i])
-                )
+            for token in self.draft_and_verify(req, tokens, locs):
+                req.output_ids.append(token)
                 num_accepted += 1
                 req.check_finished()
                 if req.finished():
@@ -313,6 +321,71 @@ class CPUScheduler(Scheduler):
         batch.seq_lens_cpu.add_(accepted)
         batch.orig_seq_lens.add_(accepted.to(torch.int32))
         return GenerationBatchResult(next_token_ids=None)
+
+    def draft_and_verify(
+        self, req: Req, tokens: List[int], locs: torch.Tensor
+    ) -> List[int]:
+        """Returns the tokens a step accepts, of drafts that are half right."""
+        num_right = len(tokens) % DRAFT_TOKENS  # of DRAFT_TOKENS - 1 drafts
+        drafts = list(tokens)
+        for i in range(DRAFT_TOKENS - 1):
+            right = self.sequences.next_token(drafts)
+            drafts.append(right if i < num_right else right + 3)
+        self.attend(req, drafts, locs)
+        bonus = self.sequences.next_token(drafts[: len(tokens) + num_right])
+        return drafts[len(tokens) :][:num_right] + [bonus]
+
+    def forward_spec_v2(self, batch: ScheduleBatch) -> GenerationBatchResult:
+        """A step of spec v2: the host does not know yet what the last one accepted."""
+        future_indices = self.future_map.alloc_future_indices(len(batch.reqs))
+        if batch.forward_mode.is_extend():
+            result = self.forward_target(batch)
+            bonus_tokens, new_seq_lens = result.next_token_ids, batch.seq_lens
+        else:
+            self.future_map.resolve_future(batch)
+            assert torch.equal(batch.spec_info.new_seq_lens, batch.seq_lens)
+            out_cache_loc = assign_extend_cache_locs_func(
+                batch.req_pool_indices,
+                self.req_to_token_pool.req_to_token,
+                batch.seq_lens,
+                batch.seq_lens + DRAFT_TOKENS,
+                len(batch.reqs),
+                DRAFT_TOKENS,
+                "cpu",
+            ).view(-1, DRAFT_TOKENS)
+            predict = torch.zeros(len(batch.reqs), DRAFT_TOKENS, dtype=torch.int64)
+            accept_lens = []
+            for i, (req, locs, seq_len) in enumerate(
+                zip(batch.reqs, out_cache_loc, batch.seq_lens.tolist())
+            ):
+                tokens = self.tokens[req.rid]
+                assert len(tokens) == seq_len + 1
+                assert tokens[-1] == batch.spec_info.bonus_tokens[i]
+                accepted = self.draft_and_verify(req, tokens, locs)
+                tokens += accepted
+                predict[i, : len(accepted)] = torch.tensor(accepted)
+                accept_lens.append(len(accepted))
+            accept_lens = torch.tensor(accept_lens)
+            result = GenerationBatchResult(
+                next_token_ids=predict.flatten(),
+                accept_lens=accept_lens,
+                speculative_num_draft_tokens=DRAFT_TOKENS,
+            )
+            last = accept_lens[:, None] - 1
+            bonus_tokens = predict.gather(1, last)[:, 0]
+            new_seq_lens = batch.seq_lens + accept_lens
+        nothing = torch.empty(len(batch.reqs), 0)
+        result.next_draft_input = EagleDraftInput(
+            bonus_tokens=bonus_tokens,
+            new_seq_lens=new_seq_lens,
+            topk_p=nothing,
+            topk_index=nothing,
+        )
+        self.future_map.store_to_map(future_indices, result)
+        batch.spec_info = result.next_draft_input
+        batch.spec_info.future_indices = future_indices
+        batch.seq_lens = new_seq_lens
+        return result
 
     def attend(self, req: Req, tokens: List[int], locs: torch.Tensor):
         """Write the ids of the last len(locs) tokens, read all that attention reads."""
@@ -392,7 +465,10 @@ class CPUScheduler(Scheduler):
                 everything
             ), f"{name}: a slot has two owners, or is free and held"
             assert len(everything) == size // page, f"{name}: a slot was lost"
-        assert torch.unique(mapping[mapping > 0]).numel() == (mapping > 0).sum()
+        # A page's slots that were allocated ahead keep their entry when it is freed.
+        held = torch.cat([torch.empty(0, dtype=torch.int64), *full_owned])
+        mapped = mapping if page == 1 else mapping[held]
+        assert torch.unique(mapped[mapped > 0]).numel() == (mapped > 0).sum()
 
         free_full = set(allocator.full_attn_allocator.free_pages.tolist())
         for req in live:
@@ -430,12 +506,14 @@ class SWARadixCacheMachine(RuleBasedStateMachine):
         interval=st.sampled_from([0.125, 1.0]),
         split=st.sampled_from([True, True, False]),
         release=st.booleans(),
-        mode=st.sampled_from(["plain", "overlap", "mixed", "overlap-mixed", "mtp"]),
+        mode=st.sampled_from(
+            ["plain", "overlap", "mixed", "overlap-mixed", "mtp", "overlap-mtp"]
+        ),
     )
     def start(self, data, window, chunk, interval, split, release, mode):
         page_size = data.draw(st.sampled_from(self.page_sizes))
         if page_size > 1 and mode == "mtp":
-            mode = "overlap"
+            mode = "overlap-mtp"
         self.overrides = [
             envs.SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT.override(split),
             envs.SGLANG_OPT_SWA_RELEASE_LEAF_LOCK_AFTER_WINDOW.override(release),
@@ -454,7 +532,7 @@ class SWARadixCacheMachine(RuleBasedStateMachine):
             chunk=chunk,
             mixed="mixed" in mode,
             overlap="overlap" in mode,
-            mtp=mode == "mtp",
+            mtp="mtp" in mode,
         )
         self.prompts: List[List[int]] = []
         self.num_requests = 0
@@ -570,9 +648,13 @@ def test_revived_tombstone_keeps_full_slots_of_a_running_request():
         scheduler.check_idle()
 
 
-@pytest.mark.parametrize("mtp", [False, True], ids=["plain", "mtp"])
+@pytest.mark.parametrize(
+    "mtp, overlap",
+    [(False, False), (True, False), (True, True)],
+    ids=["plain", "mtp", "overlap-mtp"],
+)
 @pytest.mark.parametrize("window", [3, 7, 32])
-def test_window_is_released(window, mtp):
+def test_window_is_released(window, mtp, overlap):
     """The finer interval counts tokens, also where a step of MTP accepts several."""
     scheduler = CPUScheduler(
         page_size=1,
@@ -581,7 +663,7 @@ def test_window_is_released(window, mtp):
         swa_size=2 * CONTEXT_LEN,
         chunk=64,
         mixed=False,
-        overlap=False,
+        overlap=overlap,
         mtp=mtp,
     )
     prompt, held = [0, 1, 2] * 15, []
@@ -601,6 +683,9 @@ def test_window_is_released(window, mtp):
     interval = max(1, window // 8)
     # The prompt's window, the answer's, the page between, and what is not due yet.
     bound = window + window + 1 + interval + (DRAFT_TOKENS if mtp else 0)
+    if overlap:
+        # Slots of two steps ahead, and tokens that the host does not know yet.
+        bound += 2 * DRAFT_TOKENS
     assert bound - 2 * DRAFT_TOKENS <= max(held) <= bound
 
 

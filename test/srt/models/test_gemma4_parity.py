@@ -71,8 +71,9 @@ def tearDownModule():
     shutil.rmtree(FOLDERS)
 
 
-class Parity:
-    """The cases; a subclass names the folder, the dtype and the server's arguments."""
+class Served:
+    """A server, and transformers to compare it with; a subclass names the folder, the
+    dtype and the server's arguments."""
 
     folder: str
     dtype: str
@@ -189,6 +190,10 @@ class Parity:
                 f"{served[i]:.5f}, transformers {expected[i]:.5f}), the most at "
                 f"{first + worst} by {difference[worst]:.2e}."
             )
+
+
+class Parity(Served):
+    """The cases."""
 
     def test_alone(self):
         for length in LENGTHS:

@@ -7,6 +7,7 @@ wrong elsewhere, so that steps accept none, some and all of a draft.
 """
 
 import importlib.util
+import os
 import threading
 import time
 import unittest
@@ -23,6 +24,9 @@ from sglang.srt.speculative.eagle_utils import (
     build_tree_kernel_efficient,
     verify_tree_greedy_func,
 )
+from sglang.srt.speculative.frozen_kv_mtp_worker import FrozenKVMTPWorker
+from sglang.srt.speculative.frozen_kv_mtp_worker_v2 import FrozenKVMTPWorkerV2
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils.hf_transformers_utils import get_config
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -184,6 +188,49 @@ class TestStart(CustomTestCase):
             args.cuda_graph_max_bs = graphs
             args._handle_speculative_decoding()
             self.assertEqual(args.max_running_requests, expected)
+
+    def test_chains_overlap_with_the_scheduler(self):
+        """Drafts with branches wait for each step (spec v1), as does what needs the
+        host to know the lengths, or the draft's hidden states."""
+        chain = dict(steps=3, topk=1, tokens=4)
+        for changed, overlaps in (
+            ({}, True),
+            (dict(steps=None, topk=None, tokens=None), True),
+            (dict(steps=1, tokens=2), True),
+            (dict(tokens=3), True),
+            (dict(tokens=None), True),
+            (dict(topk=2, tokens=5), False),
+            (dict(dp=True), False),
+            (dict(env="0"), False),
+            (dict(disaggregation="prefill"), False),
+            (dict(backend="triton"), True),
+            (dict(backend="fa3"), False),
+        ):
+            given = {**chain, **changed}
+            with mock.patch.object(ServerArgs, "__post_init__", lambda self: None):
+                args = ServerArgs(
+                    model_path="target",
+                    speculative_algorithm="NEXTN",
+                    speculative_draft_model_path=f"{parity.FOLDERS}/draft",
+                    speculative_num_steps=given["steps"],
+                    speculative_eagle_topk=given["topk"],
+                    speculative_num_draft_tokens=given["tokens"],
+                    enable_dp_attention=given.get("dp", False),
+                    disaggregation_mode=given.get("disaggregation", "null"),
+                    attention_backend=given.get("backend"),
+                )
+            env = {"SGLANG_ENABLE_SPEC_V2": given.get("env", "1")}
+            with mock.patch.dict(os.environ, env):
+                args._handle_speculative_decoding()
+            with self.subTest(**changed):
+                self.assertEqual(args.disable_overlap_schedule, not overlaps)
+                if args.speculative_eagle_topk == 1:
+                    steps = given["steps"] or 3
+                    self.assertEqual(args.speculative_num_steps, steps)
+                    self.assertEqual(args.speculative_num_draft_tokens, steps + 1)
+                worker = SpeculativeAlgorithm.FROZEN_KV_MTP.create_worker(args)
+                expected = FrozenKVMTPWorkerV2 if overlaps else FrozenKVMTPWorker
+                self.assertIs(worker, expected)
 
 
 class TestNativeTree(CustomTestCase):
