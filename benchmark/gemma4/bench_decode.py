@@ -7,9 +7,10 @@ DIR holds the release that this series applies to; its kernels are read from the
 the fork's from the installed sglang. A sample is one replay of a CUDA graph; the arms take
 turns, replay by replay. Three parts, in Gemma-4-26B-A4B's shapes:
 
-- `norms`: the norm of q, k and v with the rotary embedding, and the norms between
-  attention and the feedforward branches; their inputs were written just before, as in a
-  model, and come from the L2 cache as long as they fit.
+- `norms`: the norm of q, k and v with the rotary embedding, the same with the store of
+  k and v in the KV pool, and the norms between attention and the feedforward branches;
+  their inputs were written just before, as in a model, and come from the L2 cache as long
+  as they fit.
 - `behind a projection`: the first of them behind the matrix product that makes q, k, v.
 - `attention`: both kernels of a decode layer, over KV slots in random order that take
   turns, so that they come from memory.
@@ -130,6 +131,71 @@ class QKV:
 
     def bytes(self) -> int:
         return 2 * self.qkv.nbytes + self.tokens * self.D * 4
+
+
+class QKVAndStore(QKV):
+    """The same, and the store of k and v in the KV pool."""
+
+    def __init__(self, base: ModuleType, fork: ModuleType, layer: str, tokens: int):
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        super().__init__(base, fork, layer, tokens)
+        size = 2 * max(TOKENS)
+        self.pool = MHATokenToKVPool(
+            size=size,
+            page_size=1,
+            dtype=self.qkv.dtype,
+            head_num=self.kv_heads,
+            head_dim=self.D,
+            layer_num=1,
+            device="cuda",
+            enable_memory_saver=False,
+        )
+        # Slot 0 is for padding.
+        self.slots = 1 + torch.randperm(size, device="cuda")[:tokens]
+
+    def arms(self) -> Dict[str, Callable[[], object]]:
+        q, k, v = self.qkv.split(self.sizes, dim=-1)
+        shape = (HEADS, self.kv_heads, self.D, EPS)
+        buffers = self.pool.get_kv_buffer(0)
+
+        def then_store(call):
+            call()
+            heads = (x.view(self.tokens, -1, self.D) for x in (k, v))
+            self.pool.set_kv_buffer(None, self.slots, *heads, layer_id_override=0)
+
+        def fused():
+            self.fork.gemma_qkv_rmsnorm(
+                *(q, k, v, *self.weights, *shape, self.positions, self.cache),
+                *(*buffers, self.slots),
+            )
+
+        separate = super().arms()
+        return {
+            "base": lambda: then_store(separate["base"]),
+            "two launches": lambda: then_store(separate["fork"]),
+            "fork": fused,
+        }
+
+    def check(self) -> None:
+        super().check()
+        before = self.qkv.clone()
+        _, *parts = self.qkv.split(self.sizes, dim=-1)
+        for name, call in self.arms().items():
+            buffers = self.pool.get_kv_buffer(0)
+            for buffer in buffers:
+                buffer.zero_()
+            call()
+            for buffer, part in zip(buffers, parts):
+                expected = torch.zeros_like(buffer)
+                expected[self.slots] = part.unflatten(-1, (-1, self.D))
+                if not torch.equal(buffer, expected):
+                    raise SystemExit(f"{name} stores k or v wrongly")
+            self.qkv.copy_(before)
+
+    def bytes(self) -> int:
+        kv = 2 * self.sizes[1] * self.tokens * self.qkv.element_size()
+        return super().bytes() + kv + self.slots.nbytes
 
 
 class PreFeedforward:
@@ -311,8 +377,10 @@ def main() -> None:
     for tokens in tqdm(TOKENS, desc="norms", unit="case"):
         launches = 30 if tokens <= 1024 else 6
         kernels = {"pre-feedforward norms": PreFeedforward(fork_ops, tokens)}
+        modules = base_ops, fork_ops
         for layer in LAYERS:
-            kernels[f"q/k/v, {layer}"] = QKV(base_ops, fork_ops, layer, tokens)
+            kernels[f"q/k/v, {layer}"] = QKV(*modules, layer, tokens)
+            kernels[f"q/k/v and store, {layer}"] = QKVAndStore(*modules, layer, tokens)
         for name, kernel in kernels.items():
             kernel.check()
             case = {"kernel": name, "tokens": tokens}
