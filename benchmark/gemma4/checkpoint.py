@@ -305,6 +305,8 @@ def _draft_config(shape: Shape, dtype: str) -> dict:
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
         final_logit_softcapping=None,
         use_bidirectional_attention=None,
+        # Newer releases of transformers refuse any other size.
+        vocab_size_per_layer_input=0,
         enable_moe_block=False,
         num_experts=None,
         top_k_experts=None,
