@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -52,6 +53,11 @@ DRAFTED = 3
 FOREIGN = ("SGLANG_PLUGINS", "SGLANG_SIMULATE_ACC_LEN", "SGLANG_TORCH_PROFILER_DIR")
 
 
+# A signal that comes while a process is started: Python drops what a handler raises in
+# the functions that it runs around a fork.
+SPAWNING = types.SimpleNamespace(now=False, interrupted=False)
+
+
 class HouseError(Exception):
     """One sentence for the user: what is wrong, where, and what to do."""
 
@@ -61,7 +67,10 @@ def reported(program: str) -> Iterator[None]:
     """Ends a program with one sentence: bad input, a full disk, a signal."""
 
     def interrupt(signum, frame):
-        raise KeyboardInterrupt
+        if SPAWNING.now:
+            SPAWNING.interrupted = True
+        else:
+            raise KeyboardInterrupt
 
     signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(signum, interrupt) for signum in signums]
@@ -305,9 +314,17 @@ def _die_with_parent() -> None:
 
 
 def _spawn(command: List[str], **kwargs) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, start_new_session=True, preexec_fn=_die_with_parent, **kwargs
-    )
+    SPAWNING.now = True
+    try:
+        process = subprocess.Popen(
+            command, start_new_session=True, preexec_fn=_die_with_parent, **kwargs
+        )
+    finally:
+        SPAWNING.now = False
+    if SPAWNING.interrupted:
+        _stop(process)
+        raise KeyboardInterrupt
+    return process
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -200,6 +200,36 @@ def test_a_full_disk(start, tmp_path):
     assert "Traceback" not in done.stderr and not list(small.iterdir())
 
 
+SPAWN_UNDER_A_SIGNAL = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import serving
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+with serving.reported("spawn"):
+    os.register_at_fork(after_in_parent=interrupt)
+    serving._spawn(["sleep", "60"])
+    print("went on")
+"""
+
+
+def test_ctrl_c_while_a_process_is_started():
+    """In a function that Python runs around the fork: what is raised there is dropped."""
+    mark = f"spawn-{os.getpid()}"
+    done = subprocess.run(
+        [sys.executable, "-c", SPAWN_UNDER_A_SIGNAL, str(HOUSE)],
+        env={**os.environ, "HOUSE_TEST_MARK": mark},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert "interrupted; no server is left" in done.stderr
+    assert not marked(mark)
+
+
 def test_what_bench_serving_is_told():
     assert run.LOADS["chat"].arguments() == [
         *("--dataset-name", "random-ids", "--random-input-len", "1000"),
