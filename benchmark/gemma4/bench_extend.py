@@ -5,10 +5,11 @@
 
 DIR holds the pinned release (`pip install --no-deps --target DIR sglang==VERSION`);
 `--peer NAME=DIR` adds another version's file, `--fa4 SITE` FlashAttention 4 (fa4.py).
-With `--fused` q, k and v are views of one projection's output, as in a model. Arms take turns, sample by sample, on the
-same tensors, whose prefix lies in shuffled slots of a pool. Every arm's answer is
-compared with the first one's before it is timed. `model` shapes are Gemma-4-26B-A4B's
-sliding and full layers; `heads` are other head sizes, for what must not get slower.
+With `--fused` q, k and v are views of one projection's output, as in a model. Arms take
+turns, sample by sample, on the same tensors, whose prefix lies in shuffled slots of a
+pool. Every arm's answer is compared with the first one's before it is timed. `model`
+shapes are Gemma-4-26B-A4B's sliding and full layers; `heads` are other head sizes, for
+what must not get slower.
 """
 
 import argparse

@@ -84,8 +84,7 @@ class Layer:
         heads, kv_heads = layer["heads"], layer["kv_heads"]
         Lq, Lv, self.window = layer["head_dim"], layer["v_head_dim"], layer["window"]
         lens = MIXED[:requests] if tokens == "mixed" else [tokens] * requests
-        kept = [min(n, self.window) if self.window > 0 else n for n in lens]
-        self.kept = kept
+        kept = self.kept = [min(n, self.window) if self.window > 0 else n for n in lens]
         used, batch, self.drafted = sum(kept), len(lens), drafted
         self.bytes = used * kv_heads * (Lq if name == "mla" else Lq + Lv) * 2
         copies = max(1, min(64, round(COLD_BYTES / self.bytes)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import List, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from plot import COLOURS, LIMIT, RC, plt  # noqa: E402
+from plot import COLOURS, LIMIT, RC, plt, save_above_legend  # noqa: E402
 
 HOST, GPU = "host", "GPU"
 # Of no machine, but longer is longer.
@@ -74,8 +74,6 @@ def after(steps: int) -> List[Task]:
 
 
 def draw(path: Path, steps: int) -> None:
-    from matplotlib.patches import Patch
-
     with plt.rc_context({**RC, "axes.grid": False}):
         figure, axes = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True)
         lines = {"0.5.12.post1": before(steps), "fork": after(steps)}
@@ -93,14 +91,8 @@ def draw(path: Path, steps: int) -> None:
             axis.set_xticks([])
             axis.invert_yaxis()
         axes[1].set_xlabel("time")
-        figure.legend(
-            handles=[Patch(color=FILLS[k], label=label) for k, label in LABELS.items()],
-            loc="lower center",
-            ncol=3,
-        )
-        figure.tight_layout(rect=(0, 0.13, 1, 1))
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+        colours = {label: FILLS[kind] for kind, label in LABELS.items()}
+        save_above_legend(figure, path, colours, room=0.13)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from plot import COLOURS, LIMIT, RC, plt  # noqa: E402
+from plot import COLOURS, LIMIT, RC, plt, save_above_legend  # noqa: E402
 
 WALKED, MASKED, PLAIN = 1, 2, 3
 LABELS = {
@@ -40,7 +40,6 @@ def tiles(tokens: int, window: int, block_m: int, block_n: int) -> tuple:
 
 def draw(path: Path, tokens: int, window: int, block_m: int, block_n: int) -> None:
     from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
 
     colours = {0: "#FFFFFF", WALKED: LIMIT, MASKED: COLOURS[1], PLAIN: COLOURS[0]}
     with plt.rc_context({**RC, "axes.grid": False}):
@@ -59,14 +58,7 @@ def draw(path: Path, tokens: int, window: int, block_m: int, block_n: int) -> No
             axis.set_xlabel("key")
         axes[0].set_ylabel("query")
         used = [i for i in LABELS if any((grid == i).any() for grid in grids)]
-        figure.legend(
-            handles=[Patch(color=colours[i], label=LABELS[i]) for i in used],
-            loc="lower center",
-            ncol=3,
-        )
-        figure.tight_layout(rect=(0, 0.07, 1, 1))
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+        save_above_legend(figure, path, {LABELS[i]: colours[i] for i in used}, 0.07)
 
 
 def main() -> None:

@@ -82,6 +82,18 @@ def draw(results: Results, folder: Path) -> List[Path]:
     return paths
 
 
+def save_above_legend(figure, path: Path, colours: Dict[str, str], room: float) -> None:
+    """Writes a drawing of one's own, with its colours by label in `room` of its height."""
+    figure.legend(
+        handles=[Patch(color=colour, label=label) for label, colour in colours.items()],
+        loc="lower center",
+        ncol=3,
+    )
+    figure.tight_layout(rect=(0, room, 1, 1))
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
 def _styles(records: List[Record], results: Results) -> Dict[str, dict]:
     """A colour for each arm, the same in every picture of the result."""
     limits = results.settings.get("limits", [])

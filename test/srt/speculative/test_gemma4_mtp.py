@@ -84,19 +84,24 @@ def tearDownModule():
     parity.tearDownModule()
 
 
+def server_args() -> list:
+    """Of a server that drafts, in pools too small for all requests."""
+    return [
+        *parity.TIGHT_FULL,
+        *("--speculative-algorithm", "NEXTN"),
+        *("--speculative-draft-model-path", f"{parity.FOLDERS}/draft"),
+        *("--speculative-num-steps", str(STEPS)),
+        *("--speculative-num-draft-tokens", str(STEPS + 1)),
+        *("--speculative-eagle-topk", "1"),
+    ]
+
+
 class TestMTPFloat32Tight(parity.Parity, CustomTestCase):
     folder, dtype = "multimodal", "float32"
 
     @classmethod
     def setUpClass(cls):
-        cls.server_args = [
-            *parity.TIGHT_FULL,
-            *("--speculative-algorithm", "NEXTN"),
-            *("--speculative-draft-model-path", f"{parity.FOLDERS}/draft"),
-            *("--speculative-num-steps", str(STEPS)),
-            *("--speculative-num-draft-tokens", str(STEPS + 1)),
-            *("--speculative-eagle-topk", "1"),
-        ]
+        cls.server_args = server_args()
         cls.accepted = set()
         super().setUpClass()
 

@@ -81,12 +81,7 @@ class Drafting(parity.Served, CustomTestCase):
     @classmethod
     def setUpClass(cls):
         cls.server_args = [
-            *parity.TIGHT_FULL,
-            *("--speculative-algorithm", "NEXTN"),
-            *("--speculative-draft-model-path", f"{parity.FOLDERS}/draft"),
-            *("--speculative-num-steps", str(mtp.STEPS)),
-            *("--speculative-num-draft-tokens", str(mtp.STEPS + 1)),
-            *("--speculative-eagle-topk", "1"),
+            *mtp.server_args(),
             *("--context-length", str(CONTEXT)),
             "--constrained-json-disable-any-whitespace",
             # Two servers share few cores.
