@@ -11,7 +11,6 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
@@ -22,6 +21,9 @@ import transformers
 from sglang.srt.arg_groups.deepseek_v4_hook import apply_deepseek_v4_defaults
 from sglang.srt.environ import envs
 from sglang.srt.model_executor import pool_configurator
+from sglang.srt.model_executor.model_runner_kv_cache_mixin import (
+    ModelRunnerKVCacheMixin,
+)
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -71,19 +73,28 @@ def parse(folder, *argv) -> ServerArgs:
     return prepare_server_args(["--model-path", folder, "--device", "cpu", *argv])
 
 
+class Runner(ModelRunnerKVCacheMixin):
+    """The part of a model runner that sizes the pools, on a GPU with this much left."""
+
+    mambaish_config = None
+
+    def __init__(self, server_args: ServerArgs, available_bytes: int):
+        self.server_args = server_args
+        self.model_config = server_args.get_model_config()
+        self.is_hybrid_swa = self.model_config.is_hybrid_swa
+        self.kv_cache_dtype = torch.bfloat16
+        self.pp_size = self.dp_size = 1
+        self.available_bytes = available_bytes
+
+    def _profile_available_bytes(self, pre_model_load_memory: int) -> int:
+        return self.available_bytes
+
+
 def solve(server_args: ServerArgs, available_bytes: int, page_size: int = 1):
-    model_config = server_args.get_model_config()
-    runner = SimpleNamespace(
-        model_config=model_config,
-        is_hybrid_swa=model_config.is_hybrid_swa,
-        kv_cache_dtype=torch.bfloat16,
-        server_args=server_args,
-    )
+    server_args.page_size = page_size
     # The parallel groups exist only in a running server.
     with patch.object(pool_configurator, "get_attention_tp_size", lambda: 1):
-        configurator = pool_configurator.create_memory_pool_configurator(runner)
-    assert isinstance(configurator, pool_configurator.HybridSWAPoolConfigurator)
-    return configurator.calculate_pool_sizes(available_bytes, page_size)
+        return Runner(server_args, available_bytes)._resolve_memory_pool_config(0)
 
 
 class _Case(CustomTestCase):
@@ -319,6 +330,18 @@ class TestPoolSizes(_Case):
         config = solve(parse(gemma4()), H200_KV_BYTES)
         self.assertEqual(config.full_max_total_num_tokens, 1_452_813)
         self.assertEqual(config.swa_max_total_num_tokens, 217_921)
+
+    def test_requests(self):
+        """As many at 0.15 as at 0.8: a row of the context's length is kept for each."""
+        for ratio in (0.15, 0.8):
+            for context, requests in ((16_384, 4096), (131_072, 2048)):
+                with self.subTest(ratio=ratio, context=context):
+                    argv = ["--swa-full-tokens-ratio", str(ratio)]
+                    argv += ["--context-length", str(context)]
+                    config = solve(parse(gemma4(), *argv), H200_KV_BYTES)
+                    self.assertEqual(config.max_running_requests, requests)
+        args = parse(gemma4(), "--max-running-requests", "80")
+        self.assertEqual(solve(args, H200_KV_BYTES).max_running_requests, 80)
 
     def test_pools_fit_the_memory(self):
         for shape, full_bytes, swa_bytes in (

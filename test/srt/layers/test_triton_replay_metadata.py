@@ -146,7 +146,9 @@ def _expected(backend, lengths, rows, verify):
     else:
         write("cuda_graph_num_kv_splits", _num_kv_splits(backend, lengths))
     if backend.sliding_window_size:
-        windows = [slots[-backend.sliding_window_size :] for slots in kept]
+        # Those before a decoded token and its own; a drafted token's own is not cached.
+        seen = backend.sliding_window_size + (not verify)
+        windows = [slots[-seen:] for slots in kept]
         inside = [len(window) for window in windows]
         slots = [slot for window in windows for slot in window]
         allocator = backend.token_to_kv_pool_allocator

@@ -6,6 +6,7 @@ On CUDA where there is a GPU, else on CPU tensors in Triton's interpreter.
 
 import importlib
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -28,6 +29,7 @@ from sglang.srt.mem_cache.swa_memory_pool import (  # noqa: E402
     SWAKVPool,
     SWATokenToKVPoolAllocator,
 )
+from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 from sglang.srt.server_args import (  # noqa: E402
     ServerArgs,
     set_global_server_args_for_scheduler,
@@ -132,6 +134,50 @@ class Requests:
 )
 def test_slots_are_those_of_the_last_tokens(lengths, hybrid, graph):
     Requests(lengths, hybrid).check(graph)
+
+
+@given(
+    lengths=st.lists(
+        st.sampled_from([1, 2, 1022, 1023, 1024, 1025, 2047]), min_size=1, max_size=3
+    ),
+    hybrid=st.booleans(),
+    decode=st.booleans(),
+)
+def test_a_token_attends_to_the_window_before_it(lengths, hybrid, decode):
+    requests = Requests(lengths, hybrid)
+    triton = object.__new__(backend.TritonAttnBackend)
+    vars(triton).update(
+        **dict(device=DEVICE, num_head=1, num_kv_head=1, v_head_dim=1),
+        **dict(max_kv_splits=1, static_kv_splits=True, enable_deterministic=False),
+        **dict(scale_kv_splits=False, swa_v_head_dim=None, split_tile_size=None),
+        **dict(device_core_count=0, sliding_window_size=WINDOW),
+        kv_indptr=torch.zeros_like(requests.indptr),
+        qo_indptr=torch.zeros_like(requests.indptr),
+        window_kv_indptr=requests.indptr,
+        req_to_token=requests.req_to_token,
+        token_to_kv_pool_allocator=requests.allocator,
+    )
+    triton.init_forward_metadata(
+        SimpleNamespace(
+            forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
+            batch_size=len(lengths),
+            spec_info=None,
+            req_pool_indices=requests.req_pool_indices,
+            seq_lens=requests.seq_lens,
+            seq_lens_sum=sum(lengths),
+            extend_prefix_lens=requests.seq_lens,
+            extend_prefix_lens_cpu=lengths,
+            extend_seq_lens=torch.ones_like(requests.seq_lens),
+            extend_seq_lens_cpu=[1] * len(lengths),
+        )
+    )
+    found = triton.forward_metadata
+    indptr, indices = found.window_kv_indptr.tolist(), found.window_kv_indices.tolist()
+    for i, slots in enumerate(requests.slots):
+        # The key of a decoded token is cached, that of one to be extended is not yet.
+        position = len(slots) - 1 if decode else len(slots)
+        seen = [slot for k, slot in enumerate(slots) if k >= position - WINDOW]
+        assert indices[indptr[i] : indptr[i + 1]] == seen
 
 
 @pytest.mark.gpu
