@@ -257,7 +257,8 @@ class Attention:
 
     def batch(self, requests: int, length: int) -> None:
         self.requests, self.length = requests, length
-        self.seen = min(length, self.window or length)
+        # A token attends to itself and to the window before it.
+        self.seen = min(length, self.window + 1) if self.window else length
         rows = requests * self.seen
         sets = max(1, min(8, len(self.slots) // rows))
         self.indices = [self.slots[i * rows : (i + 1) * rows] for i in range(sets)]
@@ -414,7 +415,7 @@ def main() -> None:
         results.save(path)
 
     for layer in LAYERS:
-        longest = WINDOW if layer == "sliding" else max(LENGTHS)
+        longest = WINDOW + 1 if layer == "sliding" else max(LENGTHS)
         attention = Attention(layer, max(REQUESTS) * longest)
         cases = [(r, n) for n in LENGTHS for r in REQUESTS]
         for requests, length in tqdm(cases, desc=f"attention, {layer}", unit="case"):

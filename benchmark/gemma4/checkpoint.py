@@ -418,7 +418,7 @@ def _processor(shape: Shape, tokenizer):
 # Weights ---------------------------------------------------------------------
 
 
-def _on_meta(config) -> dict[str, torch.Tensor]:
+def on_meta(config) -> dict[str, torch.Tensor]:
     """Names and shapes that save_pretrained of the config's model class would write."""
     import transformers
 
@@ -438,7 +438,7 @@ def _draft_on_meta(config: dict) -> dict[str, torch.Tensor]:
     # does not build a model in which every layer shares them.
     text.num_kv_shared_layers = 0
     absent = (".k_proj.weight", ".v_proj.weight", ".k_norm.weight")
-    weights = {k: v for k, v in _on_meta(text).items() if not k.endswith(absent)}
+    weights = {k: v for k, v in on_meta(text).items() if not k.endswith(absent)}
     weights["pre_projection.weight"] = torch.empty(hidden, 2 * backbone, device="meta")
     weights["post_projection.weight"] = torch.empty(backbone, hidden, device="meta")
     return weights
@@ -679,7 +679,7 @@ def write_checkpoint(
         tensors = _draft_on_meta(config)
     else:
         config = _target_config(spec, text_only, dtype)
-        tensors = _on_meta(config)
+        tensors = on_meta(config)
     if not weights:
         tensors = {}
     item = DTYPES[dtype].itemsize

@@ -118,7 +118,7 @@ def _curves(axes, records: List[Record], axis: str, results: Results) -> None:
         marker = None if "linestyle" in style else "o"
         axes.plot(x, median, label=arm, marker=marker, markersize=3.5, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    if max(x) > 50 * max(min(x), 1):
+    if min(x) > 0 and max(x) > 50 * max(min(x), 1):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         # A limit far below everything measured need not be seen whole.

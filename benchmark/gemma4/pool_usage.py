@@ -1,10 +1,12 @@
 """Read from a server's log how full its KV pools were, minute by minute.
 
     python benchmark/gemma4/pool_usage.py before.log after.log --plot pictures
+    python benchmark/gemma4/pool_usage.py some.log --seconds 10
 
 One table a log: the fullest each pool was, the most requests that ran and waited,
 the prompt tokens prefilled and the requests retracted. A server logs a line every
---decode-log-interval steps, so a smaller interval sees more.
+--decode-log-interval steps, so a smaller interval sees more. run.py flushes the cache
+before each load: of a log with several, the load that prefilled the most is read.
 """
 
 import argparse
@@ -25,13 +27,14 @@ NUMBERS = {
     "retracted": re.compile(r"#retracted_reqs: (\d+)"),
 }
 SUMMED = ("prefilled", "retracted")
+FLUSHED = "Cache flushed successfully"
 
 
 @dataclasses.dataclass
-class Minute:
-    """Minute `minute` after the first batch: usage is the highest, a share of the pool."""
+class Span:
+    """From `second` after the first batch: usage is the highest, a share of the pool."""
 
-    minute: int
+    second: int
     full: float = 0
     swa: float = 0
     running: int = 0
@@ -40,24 +43,31 @@ class Minute:
     retracted: int = 0
 
 
-def read_log(path: str) -> List[Minute]:
-    """Returns the minutes in which a batch was logged.
+def read_log(path: str, seconds: int = 60) -> List[Span]:
+    """Returns the spans of so many seconds in which a batch was logged.
 
     Raises:
         ValueError: the log names no SWA pool.
     """
-    minutes: Dict[int, Minute] = {}
-    start, has_swa = None, False
-    for line in Path(path).read_text(errors="replace").splitlines():
+    text = Path(path).read_text(errors="replace")
+    loads = [_read(load, seconds) for load in text.split(FLUSHED)]
+    if not any(row.swa for load in loads for row in load):
+        raise ValueError(f"{path} has no line with a SWA token usage.")
+    return max(loads, key=lambda load: sum(row.prefilled for row in load))
+
+
+def _read(text: str, seconds: int) -> List[Span]:
+    spans: Dict[int, Span] = {}
+    start = None
+    for line in text.splitlines():
         time = TIME.search(line)
         found = {name: p.search(line) for name, p in NUMBERS.items()}
         if not time or not any(found.values()):
             continue
         now = datetime.fromisoformat(time[1])
         start = start or now
-        minute = int((now - start).total_seconds()) // 60
-        row = minutes.setdefault(minute, Minute(minute))
-        has_swa |= found["swa"] is not None
+        second = int((now - start).total_seconds()) // seconds * seconds
+        row = spans.setdefault(second, Span(second))
         for name, match in found.items():
             if match:
                 value = float(match[1])
@@ -65,12 +75,10 @@ def read_log(path: str) -> List[Minute]:
                     value = int(value)
                 old = getattr(row, name)
                 setattr(row, name, old + value if name in SUMMED else max(old, value))
-    if not has_swa:
-        raise ValueError(f"{path} has no line with a SWA token usage.")
-    return sorted(minutes.values(), key=lambda row: row.minute)
+    return sorted(spans.values(), key=lambda row: row.second)
 
 
-def print_table(path: str, rows: List[Minute]) -> None:
+def print_table(path: str, rows: List[Span]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -79,7 +87,7 @@ def print_table(path: str, rows: List[Minute]) -> None:
         title=f"{path}: {total['prefilled']:,} prompt tokens prefilled, "
         f"{total['retracted']} requests retracted"
     )
-    for field in dataclasses.fields(Minute):
+    for field in dataclasses.fields(Span):
         table.add_column(field.name, justify="right")
     for row in rows:
         values = dataclasses.asdict(row)
@@ -88,14 +96,14 @@ def print_table(path: str, rows: List[Minute]) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def to_results(logs: Dict[str, List[Minute]], name: str):
-    """The minutes of all logs as a result file."""
+def to_results(logs: Dict[str, List[Span]], name: str):
+    """The spans of all logs as a result file."""
     from results import Results
 
     results = Results.start("pools", name, "KV pool usage")
     for log, rows in logs.items():
         for row in rows:
-            case = {"log": log, "minute": row.minute}
+            case = {"log": log, "second": row.second}
             results.add(case, "full", "usage", "% of the pool", [100 * row.full])
             results.add(case, "SWA", "usage", "% of the pool", [100 * row.swa])
             for arm in ("running", "waiting", "retracted"):
@@ -110,11 +118,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("logs", metavar="LOG", nargs="+")
+    parser.add_argument("--seconds", type=int, default=60, help="of each line")
     parser.add_argument("--plot", metavar="FOLDER", help="draw SVGs there")
     parser.add_argument("--json", metavar="FILE", help="write a result file")
     args = parser.parse_args(argv)
     try:
-        logs = {Path(path).stem: read_log(path) for path in args.logs}
+        logs = {Path(path).stem: read_log(path, args.seconds) for path in args.logs}
     except (OSError, ValueError) as e:
         print(f"pool_usage.py: {e}", file=sys.stderr)
         return 2

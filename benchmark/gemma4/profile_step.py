@@ -11,6 +11,10 @@ none does, so that the groups add up to the step. A decode step lasts from the f
 kernel of one step's first attention to that of the next; a prefill from its first
 kernel to its sampled token.
 
+The same --name again adds the arms that it lacks. vLLM's profiler records the CPU's side
+as well, which lengthens its gaps: how long a step takes without a profiler stands beside
+each.
+
 Groups are found by the kernels' names, and where many layers share a name by their
 place: the attention kernels between two other kernels are one layer's, and the layers'
 kinds are those of the checkpoint's config, in its order. `--trace FILE` groups a trace
@@ -26,6 +30,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -39,17 +44,19 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import run as runner  # noqa: E402
 import serving  # noqa: E402
-from results import FOLDER, Results, table  # noqa: E402
+from results import FOLDER, Results, load, table  # noqa: E402
 from serving import HouseError, Server, Setup  # noqa: E402
 
 # Kernels alone: recording the CPU's side slows a step down.
 ACTIVITIES = ["GPU"]
+TRACES = "*.trace.json.gz"
 # Tokens that one request alone makes at most while it is profiled.
 STREAM = 6400
 SLIDING, FULL = "attention, sliding", "attention, full"
 EXPERTS, ROUTING, NORMS = "experts", "routing", "norms and rope"
 KV, PROJECTIONS, LOGITS = "KV writes", "projections", "logits and sampling"
 OTHER, GAPS, DRAFT = "other", "gaps", "draft"
+BYTES = "bytes"  # an arm that is none: what must be read
 GROUPS = (
     *(SLIDING, FULL, EXPERTS, ROUTING, NORMS, KV, PROJECTIONS, LOGITS),
     *(DRAFT, OTHER, GAPS),
@@ -61,7 +68,7 @@ PREPARATION = (
     r"|req_to_token|last_loc|cache_loc|compute_position|clamp_pos|_metadata"
 )
 RULES = (
-    (NORMS, r"rms_?norm|layer_?norm|\brope|_rope|rotary|_norm_|pre_feedforward"),
+    (NORMS, r"rms_?norm|layer_?norm|rsqrt|\brope|_rope|rotary|_norm_|pre_feedforward"),
     (OTHER, PREPARATION),
     (KV, r"store_?(kv)?_?cache|(set|store|copy|write)_kv|reshape_and_cache|kv_?write"),
     (
@@ -352,6 +359,49 @@ def measured(
     )
 
 
+def floors(model: Path, requests: int, tokens: int, rate: float) -> Dict[str, float]:
+    """ms in which a decode step could read what it must, by group, in bfloat16.
+
+    That is each weight once (of the experts, as many as are chosen on average if each is
+    as likely as any other), and the keys and values that are attended to.
+
+    Args:
+        model: The checkpoint's folder.
+        tokens: Of each request, the newest among them.
+        rate: Bytes a microsecond.
+    """
+    from checkpoint import on_meta
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    text = config.get_text_config()
+    chosen = 0.0
+    if text.num_experts:
+        missed = (1 - text.top_k_experts / text.num_experts) ** requests
+        chosen = 1 - missed
+    parts = {
+        LOGITS: ("embed_tokens.weight", 1.0),
+        ROUTING: ("router.proj.weight", 1.0),
+        EXPERTS: ("experts.", chosen),
+        PROJECTIONS: (r"(self_attn|mlp)\.\w+_proj", 1.0),
+    }
+    read: Dict[str, float] = defaultdict(float)
+    for name, weight in on_meta(config).items():
+        if "vision" in name or "audio" in name:
+            continue
+        for group, (pattern, share) in parts.items():
+            if re.search(pattern, name):
+                read[group] += 2 * weight.numel() * share
+        layer = re.search(r"\.(\d+)\.self_attn\.k_proj", name)
+        if layer:
+            sliding = text.layer_types[int(layer[1])] == "sliding_attention"
+            seen = min(tokens, text.sliding_window) if sliding else tokens
+            group = SLIDING if sliding else FULL
+            # Keys and as many values.
+            read[group] += 2 * 2 * len(weight) * seen * requests
+    return {group: size / rate / 1e3 for group, size in read.items()}
+
+
 def short(name: str) -> str:
     """A kernel's name without return type, namespaces and most template arguments."""
     name = re.sub(r"^void |\((anonymous namespace|anonymous)\)::", "", name)
@@ -372,8 +422,15 @@ def short(name: str) -> str:
 # On a live server -----------------------------------------------------------
 
 
+def decode_title(requests: int) -> str:
+    return f"decode, {requests} request{'s' * (requests > 1)}"
+
+
 class Requests:
-    """Random prompts that a server is answering, each in a thread of its own."""
+    """Random prompts that a server is answering, each in a thread of its own.
+
+    vLLM is asked through the API of OpenAI, which SGLang would count text for.
+    """
 
     def __init__(self, server: Server, count: int, input: int, output: int, seed: int):
         self.server, self.first = server, threading.Semaphore(0)
@@ -394,21 +451,24 @@ class Requests:
             thread.start()
 
     def _ask(self, number: int, prompt: List[int], output: int) -> None:
-        data = {
-            "input_ids": prompt,
-            "stream": True,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": output,
-                "ignore_eos": True,
-            },
-        }
+        sampling = {"temperature": 0, "ignore_eos": True}
+        if self.server.arm.engine == "vllm":
+            path, asked = "/v1/completions", {"prompt": prompt, "max_tokens": output}
+            asked.update(sampling, model=str(self.server.setup.model))
+        else:
+            path, asked = "/generate", {"input_ids": prompt}
+            asked["sampling_params"] = {**sampling, "max_new_tokens": output}
         try:
-            for line in self.server.ask("/generate", data, timeout=600):
-                if line.startswith(b"data: {"):
-                    self.times[number].append(time.perf_counter())
-                    if len(self.times[number]) == 1:
-                        self.first.release()
+            asked["stream"] = True
+            # vLLM stops a request when nobody listens any more.
+            with self.server.ask(path, asked, timeout=600) as response:
+                for line in response:
+                    if self.stopped:
+                        break
+                    if line.startswith(b"data: {"):
+                        self.times[number].append(time.perf_counter())
+                        if len(self.times[number]) == 1:
+                            self.first.release()
             if not self.times[number] and not self.stopped:
                 raise OSError("it was answered nothing")
         except (OSError, http.client.HTTPException) as e:
@@ -430,7 +490,8 @@ class Requests:
         """Ends those that still run: what they would say is of no use."""
         self.check()
         self.stopped = True
-        self.server.ask("/abort_request", {"rid": "", "abort_all": True}).read()
+        if self.server.arm.engine == "sglang":
+            self.server.ask("/abort_request", {"rid": "", "abort_all": True}).read()
         for thread in self.threads:
             thread.join()
 
@@ -464,6 +525,8 @@ class Profiler:
             "with_stack": False,
             "record_shapes": False,
         }
+        written = self.server.setup.profiles or folder
+        before = set(written.glob(TRACES))
         self.server.ask("/start_profile", settings).read()
         try:
             body()
@@ -471,9 +534,12 @@ class Profiler:
             self.server.ask("/stop_profile", {}, timeout=300).read()
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            for path in folder.glob("*.trace.json.gz"):
+            for path in set(written.glob(TRACES)) - before:
                 try:
-                    return read_trace(path)
+                    kernels = read_trace(path)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    path.replace(folder / path.name)
+                    return kernels
                 except (EOFError, OSError, ValueError):
                     pass  # not written to its end yet
             self.server.check_alive("while it wrote its profile")
@@ -486,6 +552,8 @@ class Profiler:
 
 def flush(server: Server) -> None:
     """Empties the prefix cache, once the last request has left the scheduler."""
+    if server.arm.engine == "vllm":
+        return  # No prompt has another's beginning for long.
     for attempt in range(20):
         try:
             server.ask("/flush_cache", {}).read()
@@ -620,7 +688,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse(argv)
     with serving.reported("profile_step.py"):
         path = args.out / f"{args.name}.json"
-        if path.exists():
+        if path.exists() and args.trace:
             raise HouseError(f"{path} exists: give another --name, or remove it.")
         if not serving.has_gpu() and not args.trace:
             raise HouseError(
@@ -630,13 +698,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         args.mtp = [args.mtp]
         runner.prepare_model(args)
         layers = layer_types(args.model)
-        results = Results.start(
-            *("kernels", args.name, "Where a step's time goes"),
-            model=args.model.name,
-            stacked="group",
-            mtp=args.mtp[0],
-            arms={},
-        )
+        results = prepare_results(args, path)
         if args.trace:
             decode = "prefill" not in args.steps
             step = "decode" if decode else "prefill"
@@ -654,6 +716,52 @@ def main(argv: Optional[List[str]] = None) -> None:
                 print(picture)
 
 
+def prepare_results(args: argparse.Namespace, path: Path) -> Results:
+    """The result file, or what is there of the same measurement, to add arms to."""
+    settings = {
+        "model": args.model.name,
+        "mtp": args.mtp[0],
+        "server": args.flags,
+        "context": args.context,
+    }
+    if not path.exists():
+        title = "Where a step's time goes"
+        return Results.start(
+            *("kernels", args.name, title), **settings, stacked="group", arms={}
+        )
+    try:
+        results = load(path)
+    except (OSError, ValueError) as e:
+        raise HouseError(f"{e}; give another --name.") from None
+    differing = [k for k, v in settings.items() if results.settings.get(k) != v]
+    if differing:
+        raise HouseError(
+            f"{path} was measured otherwise ({', '.join(differing)} differ): give "
+            "another --name, or remove it."
+        )
+    return results
+
+
+def add_floors(args, results: Results) -> None:
+    """The arm BYTES: for each decode step, what it must read at the rate of a copy."""
+    # In a process of its own, which leaves no memory taken on the GPU.
+    program = "import timing; print(timing.copy_rate())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        **dict(cwd=Path(__file__).parent, capture_output=True, text=True),
+    )
+    if done.returncode:
+        raise HouseError(f"The GPU's copy rate was not measured: {done.stderr[-300:]}")
+    rate = float(done.stdout)
+    results.settings.update(copy_bytes_per_us=round(rate), limits=[BYTES])
+    for count in args.requests:
+        found = floors(args.model, count, args.context_tokens, rate)
+        for group in GROUPS:
+            if group in found:
+                case = {"step": decode_title(count), "group": group}
+                results.add(case, BYTES, "time", "ms", [round(found[group], 5)])
+
+
 def profile(args, layers: List[str], results: Results, path: Path) -> None:
     serving.check_port(args.port)
     args.logs = args.logs.resolve()
@@ -661,9 +769,12 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
     given = (chosen or ([] if args.arm else ["base", "fork"])) + args.arm
     arms = [serving.parse_arm(text) for text in given]
     for arm in arms:
+        if arm.name in results.settings["arms"]:
+            raise HouseError(
+                f"{path} holds the arm {arm.name} already: give another --name, or "
+                "leave the arm out."
+            )
         arm.probe()
-        if arm.engine != "sglang":
-            raise HouseError(f"The arm {arm.name} is not SGLang: it has no profiler.")
     on = args.mtp != ["off"]
     setup = Setup(
         *(args.model, args.port),
@@ -674,16 +785,20 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
         flags=args.flags.split(),
     )
     wanted = args.steps.split(",")
+    if "decode" in wanted and not on and BYTES not in results.arms():
+        add_floors(args, results)
     kinds = ["prefill"] * ("prefill" in wanted)
     kinds += [count for count in args.requests] if "decode" in wanted else []
     with tqdm(total=len(arms) * (1 + len(kinds)), unit="step", disable=None) as bar:
         for arm in arms:
             bar.set_description(f"{arm.name}: starting")
             stem = args.logs / args.name / arm.name
-            server = Server(arm, setup, stem.with_name(f"{arm.name}.server.log"))
+            own = dataclasses.replace(
+                setup, profiles=stem if arm.engine == "vllm" else None
+            )
+            server = Server(arm, own, stem.with_name(f"{arm.name}.server.log"))
             with server.running(args.start_timeout):
                 tqdm.write(f"{arm.name}: up in {server.seconds:.0f} s")
-                results.settings["arms"][arm.name] = arm.describe()
                 bar.update()
                 profiler = Profiler(server, stem)
                 # Builds the kernels, and starts what the profiler starts once.
@@ -696,12 +811,13 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
                             step = f"prefill, {args.input} tokens"
                             kernels, alone = profile_prefill(server, profiler, args)
                         else:
-                            step = f"decode, {kind} request{'s' * (kind > 1)}"
+                            step = decode_title(kind)
                             kernels, alone = profile_decode(
                                 server, profiler, args, kind
                             )
                         found = measured(kernels, layers, kind != "prefill")
                         add(results, arm.name, step, found, alone)
+                        results.settings["arms"][arm.name] = arm.describe()
                     except TraceError as e:
                         print(f"{arm.name}, {kind}: {e}", file=sys.stderr)
                     results.save(path)

@@ -24,6 +24,7 @@ random ones; plugin/gemma4_house.py says how, the same for each arm.
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import serving  # noqa: E402
-from pool_usage import NUMBERS  # noqa: E402
+from pool_usage import FLUSHED, NUMBERS  # noqa: E402
 from results import FOLDER, Results, load, table  # noqa: E402
 from serving import Arm, Client, HouseError, Server, Setup  # noqa: E402
 
@@ -112,6 +113,7 @@ LOADS = {
     "shared-prefix": Load(4500, 500, 80, groups=8),
     "long": Load(65536, 200, 4, at_once=2),
     "128k": Load(131072, 1, 2, at_once=1),
+    "crowd": Load(8000, 1000, 160),
 }
 WARMUP = 2
 # A burst's prompts: tokens in all, so that it takes seconds, and tokens of each answer.
@@ -135,7 +137,6 @@ METRICS = {
 HIGHER_IS_BETTER = ("output",)
 SUMMARY = ("output", "mean TTFT", "median TTFT", "median TPOT")
 OF_START = ("start-up", "CUDA graphs", "CUDA graph memory")
-FLUSHED = "Cache flushed successfully"
 CLIENT = f"--random-range-ratio 1.0 --warmup-requests {WARMUP} --flush-cache"
 
 
@@ -376,6 +377,7 @@ class Run:
             if "TPOT" not in metric and "ITL" not in metric or chosen.output > 1
         }
         values.update(self._logged(server, before))
+        values.update(self._held(server))
         if memory.peak:
             values["peak GPU memory"] = ("GiB", memory.peak)
         if turn.mtp != "off" and result.get("accept_length"):
@@ -405,6 +407,22 @@ class Run:
             metric: (unit, sum(map(int, re.findall(pattern, text))))
             for metric, (unit, pattern) in units.items()
         }
+
+    @staticmethod
+    def _held(server: Server) -> Dict[str, tuple]:
+        """KV slots of the fuller pool that nobody gave back, all being answered.
+
+        Those of the prefix cache, which may be evicted, do not count.
+        """
+        if server.arm.engine != "sglang":
+            return {}
+        # The last request leaves the scheduler a step after its last token.
+        for _ in range(50):
+            (load,) = json.load(server.ask("/v1/loads"))["loads"]
+            if not load["num_used_tokens"]:
+                break
+            time.sleep(0.1)
+        return {"KV slots held when idle": ("slots", load["num_used_tokens"])}
 
 
 def summary(results: Results) -> str:

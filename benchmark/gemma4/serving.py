@@ -360,6 +360,7 @@ class Setup:
         draft: The MTP draft's checkpoint, or None to serve without MTP.
         accepted: Tokens a verify step yields on average, the bonus token among them.
         flags: More flags for the servers of SGLang.
+        profiles: Where vLLM's profiler, which is named at its start, is to write.
     """
 
     model: Path
@@ -369,6 +370,7 @@ class Setup:
     accepted: float = 0.0
     requests: int = 80
     flags: List[str] = dataclasses.field(default_factory=list)
+    profiles: Optional[Path] = None
 
     def command(self, arm: Arm) -> List[str]:
         dummy = [] if has_weights(self.model) else ["--load-format", "dummy"]
@@ -413,6 +415,15 @@ class Setup:
                 "synthetic_acceptance_length": self.accepted,
             }
             flags += ["--speculative-config", json.dumps(config)]
+        if self.profiles:
+            config = {
+                "profiler": "torch",
+                "torch_profiler_dir": str(self.profiles),
+                "torch_profiler_with_stack": False,
+                "torch_profiler_dump_cuda_time_total": False,
+                "ignore_frontend": True,
+            }
+            flags += ["--profiler-config", json.dumps(config)]
         return flags
 
     def environment(self, arm: Arm) -> Dict[str, str]:

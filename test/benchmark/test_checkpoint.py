@@ -230,7 +230,7 @@ def test_assistant_is_what_the_loader_wants(folders):
 
 
 def _parameters(config):
-    return {k: v.numel() for k, v in checkpoint._on_meta(config).items()}
+    return {k: v.numel() for k, v in checkpoint.on_meta(config).items()}
 
 
 def _kv_bytes(text):

@@ -51,10 +51,12 @@ def test_minutes(tmp_path, capsys):
         + line(61, decode(0.25, 0.97, 9, 71))
         + line(61, "KV cache pool is full. Retract requests. #retracted_reqs: 3, ")
         + line(100, decode(0.30, 0.40, 6, 74))
+        + line(110, "Cache flushed successfully!")  # before another, smaller load
+        + line(111, prefill(8192, 1.0, 1.0, 99, 99))
     )
     argv = [str(log), "--json", str(out), "--plot", str(tmp_path)]
     assert pool_usage.main(argv) == 0
-    found = {(r.case["minute"], r.arm): r.median for r in load(out).records}
+    found = {(r.case["second"], r.arm): r.median for r in load(out).records}
     # The first minute begins with the first batch, at second 2.
     assert found == {
         (0, "full"): 25,
@@ -63,16 +65,19 @@ def test_minutes(tmp_path, capsys):
         (0, "waiting"): 79,
         (0, "prompts"): 16000,
         (0, "retracted"): 3,
-        (1, "full"): 30,
-        (1, "SWA"): 40,
-        (1, "running"): 6,
-        (1, "waiting"): 74,
-        (1, "prompts"): 0,
-        (1, "retracted"): 0,
+        (60, "full"): 30,
+        (60, "SWA"): 40,
+        (60, "running"): 6,
+        (60, "waiting"): 74,
+        (60, "prompts"): 0,
+        (60, "retracted"): 0,
     }
     said = capsys.readouterr().out
     assert "16,000 prompt tokens prefilled, 3 requests retracted" in said
     assert (tmp_path / "usage-usage-a.svg").is_file()
+    rows = pool_usage.read_log(log, seconds=20)
+    assert [row.second for row in rows] == [0, 20, 40, 80]
+    assert [row.prefilled for row in rows] == [8192, 7808, 0, 0]
 
 
 def test_no_swa_pool(tmp_path, capsys):

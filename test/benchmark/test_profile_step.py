@@ -1,8 +1,11 @@
 """profile_step.py on traces whose truth is known, and on one that a GPU recorded."""
 
 import gzip
+import http.server
 import json
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +17,9 @@ sys.path.insert(0, str(ROOT / "benchmark" / "gemma4"))
 import plot  # noqa: E402
 import profile_step  # noqa: E402
 import results  # noqa: E402
+from checkpoint import SHAPES, Shape, _text_config  # noqa: E402
 from profile_step import GAPS, measured  # noqa: E402
+from serving import Arm, HouseError, Server, Setup  # noqa: E402
 
 LAYERS = (["sliding_attention"] * 5 + ["full_attention"]) * 2
 HEAD = "nvjet_tst_128x64_64x8_2x1_v_bz_TNT"
@@ -224,6 +229,118 @@ def test_the_program_on_a_trace(tmp_path, monkeypatch, capsys):
     assert plot.draw(found, tmp_path / "img") == [picture]
     with pytest.raises(SystemExit, match="exists: give another --name"):
         profile_step.main(arguments)
+
+
+def test_arms_are_added_to_what_was_measured_alike(tmp_path):
+    path = tmp_path / "step.json"
+
+    def prepared(*argv):
+        args = profile_step.parse([*argv, "--model", "some-model"])
+        args.mtp = [args.mtp]
+        return profile_step.prepare_results(args, path)
+
+    first = prepared("--flags", "--page-size 16")
+    profile_step.add(
+        first,
+        "base",
+        "prefill",
+        ([{**dict.fromkeys(profile_step.GROUPS, 0.0), GAPS: 5.0}], {}, 1),
+        0.0,
+    )
+    first.save(path)
+    assert prepared("--flags", "--page-size 16").records == first.records
+    with pytest.raises(HouseError, match=r"otherwise \(mtp, context differ\)"):
+        prepared("--flags", "--page-size 16", "--mtp", "2.75", "--context", "9")
+    path.write_text("{")
+    with pytest.raises(HouseError, match="give another --name"):
+        prepared()
+
+
+def test_what_a_decode_step_must_read(tmp_path):
+    """Of a small model, counted by hand: at two bytes a number and a microsecond each."""
+    text = dict(SHAPES["26b-a4b"].text, num_hidden_layers=6, vocab_size=1000)
+    text.update(vocab_size_per_layer_input=1000, sliding_window=64)
+    config = _text_config(Shape({**text, "layer_types": LAYERS[:6]}, *[{}] * 3, 0))
+    config.architectures = ["Gemma4ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    hidden, q, kv = 2816, 16 * 256, 8 * 256
+    attention = 5 * (2 * hidden * q + 2 * hidden * kv)
+    attention += 2 * hidden * 2 * q + hidden * 1024  # values are the keys
+    expert = 3 * hidden * 704
+    for requests, tokens, chosen in ((1, 50, 8), (2, 500, 8 + 8 * 15 / 16)):
+        seen = min(tokens, 64)
+        found = profile_step.floors(tmp_path, requests, tokens, 1e-3)
+        assert found == pytest.approx(
+            {
+                profile_step.LOGITS: 2 * 1000 * hidden,
+                profile_step.PROJECTIONS: 2 * (attention + 6 * 3 * hidden * 2112),
+                profile_step.EXPERTS: 2 * 6 * chosen * expert,
+                profile_step.ROUTING: 2 * 6 * hidden * 128,
+                profile_step.SLIDING: 2 * 2 * 5 * kv * seen * requests,
+                profile_step.FULL: 2 * 2 * 1024 * tokens * requests,
+            }
+        )
+
+
+class Streams(http.server.BaseHTTPRequestHandler):
+    """What both engines stream, a token every few milliseconds, as long as it is read."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, asked))
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/abort_request":
+            self.server.aborted.set()
+            return
+        sampling = asked.get("sampling_params", asked)
+        try:
+            for _ in range(sampling.get("max_new_tokens") or asked["max_tokens"]):
+                if self.server.aborted.is_set():
+                    break
+                self.wfile.write(b"data: {}\n\n")
+                time.sleep(0.005)
+            self.wfile.write(b"data: [DONE]\n\n")
+        except ConnectionError:
+            self.server.left.append(self.path)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_requests_of_both_engines(tmp_path, engine):
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Streams)
+    http_server.asked, http_server.left = [], []
+    http_server.aborted = threading.Event()
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    setup = Setup(Path("/some/model"), http_server.server_port, profiles=tmp_path)
+    server = Server(Arm(engine), setup, tmp_path / "log")
+    try:
+        requests = profile_step.Requests(server, 2, 10, 3, 0)
+        requests.wait()
+        assert [len(times) for times in requests.times] == [3, 3]
+        path, asked = http_server.asked[0]
+        tokens = asked["input_ids" if engine == "sglang" else "prompt"]
+        assert len(tokens) == 10 and asked["stream"]
+        if engine == "vllm":
+            assert path == "/v1/completions" and asked["model"] == "/some/model"
+            assert asked["ignore_eos"] and asked["temperature"] == 0
+        requests = profile_step.Requests(server, 2, 10, 10**6, 1)
+        requests.wait_for_first_tokens()
+        begin = time.perf_counter()
+        time.sleep(0.2)
+        assert 0.004 < requests.interval(begin) < 0.1
+        requests.stop()
+        assert http_server.aborted.is_set() == (engine == "sglang")
+        deadline = time.monotonic() + 10
+        while engine == "vllm" and len(http_server.left) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        http_server.aborted.set()
+        http_server.shutdown()
+        http_server.server_close()
 
 
 def test_a_machine_without_a_gpu(tmp_path, monkeypatch):

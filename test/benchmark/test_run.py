@@ -112,6 +112,7 @@ def test_both_arms_are_served_and_an_interrupted_run_goes_on(start, tmp_path, po
         assert found.get(CASE, arm, "output").median > 0
         # bench_serving counted 8 prompts of 31 tokens, less what the cache keeps whole.
         assert 8 * 15 < found.get(CASE, arm, "prompt tokens prefilled").median < 8 * 62
+        assert found.get(CASE, arm, "KV slots held when idle").samples == [0]
         (start_up,) = found.select(arm, "start-up")
         assert start_up.case == {"load": "start", "mtp": "off"}
         assert 0 < start_up.median < 400
