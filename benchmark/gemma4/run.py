@@ -108,7 +108,7 @@ class Load:
 LOADS = {
     "summarization": Load(8000, 1000, 80),
     "chat": Load(1000, 1000, 80),
-    "stream": Load(1000, 400, 2, at_once=1),
+    "stream": Load(1000, 400, 8, at_once=1),
     "prefill": Load(8000, 1, 8, at_once=1),
     "shared-prefix": Load(4500, 500, 80, groups=8),
     "long": Load(65536, 200, 4, at_once=2),

@@ -239,7 +239,7 @@ def test_what_bench_serving_is_told():
     ]
     stream = run.LOADS["stream"]
     assert stream.arguments()[-2:] == ["--max-concurrency", "1"]
-    assert stream.title("stream") == "stream 1000/400, 2 prompts, one at a time"
+    assert stream.title("stream") == "stream 1000/400, 8 prompts, one at a time"
     shared = dict(zip(*[iter(run.LOADS["shared-prefix"].arguments())] * 2))
     assert shared["--gsp-system-prompt-len"] == "4000"
     assert shared["--gsp-question-len"] == "500"

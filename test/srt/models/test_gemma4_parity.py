@@ -1,4 +1,5 @@
-"""Gemma 4 over HTTP answers as transformers does, on the CPU engine.
+"""Gemma 4 over HTTP answers as transformers does, on the CPU engine, and in bfloat16 on
+a GPU where there is one.
 
 Every server answers greedy requests of 64 tokens; transformers then scores prompt and
 answer in one forward pass without a KV cache. In float32 each answered token must be
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4ForConditionalGeneration
 
 from sglang.srt.utils import kill_process_tree
-from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
 from sglang.test.test_utils import (
     CustomTestCase,
     find_available_port,
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
 from checkpoint import BOS, FIRST_TEXT_TOKEN, SHAPES, write_checkpoint
 
 register_cpu_ci(est_time=240, suite="stage-a-test-cpu")
+register_cuda_ci(est_time=240, suite="stage-b-test-1-gpu-small")
 
 TINY = SHAPES["tiny"].text
 WINDOW = TINY["sliding_window"]
@@ -46,6 +48,10 @@ TIGHT_FULL = [
     *("--swa-full-tokens-ratio", "0.8"),
 ]
 ROOMY = ["--max-total-tokens", "4096"]
+
+CUDA = torch.cuda.is_available()
+GPU_ARGS = ["--attention-backend", "triton", "--sampling-backend", "pytorch"]
+GPU_ARGS += ["--mem-fraction-static", "0.3", "--cuda-graph-max-bs", "8"]
 
 
 def _prompt(length: int, seed: int = 0) -> list:
@@ -95,25 +101,25 @@ class Served:
         ).eval()
         cls.process = None
         cls.base_url = f"http://127.0.0.1:{find_available_port(21000)}"
+        # The `sglang` of the interpreter that runs the test.
+        path_variable = [os.path.dirname(sys.executable), os.environ.get("PATH", "")]
+        env = {"PATH": os.pathsep.join(path_variable), "OMP_NUM_THREADS": "1"}
+        device = "cuda" if CUDA and cls.dtype == "bfloat16" else "cpu"
+        if device == "cpu":
+            env.update(SGLANG_USE_CPU_ENGINE="1", CUDA_VISIBLE_DEVICES="")
         cls.process = popen_launch_server(
             path,
             cls.base_url,
             timeout=300,
-            device="cpu",
+            device=device,
             other_args=[
-                *("--device", "cpu"),
+                *("--device", device),
                 *("--dtype", cls.dtype),
                 *cls.server_args,
+                *(GPU_ARGS if device == "cuda" else []),
                 "--skip-server-warmup",
             ],
-            env={
-                "SGLANG_USE_CPU_ENGINE": "1",
-                "OMP_NUM_THREADS": "1",
-                # The `sglang` of the interpreter that runs the test.
-                "PATH": os.pathsep.join(
-                    [os.path.dirname(sys.executable), os.environ.get("PATH", "")]
-                ),
-            },
+            env=env,
         )
 
     @classmethod
