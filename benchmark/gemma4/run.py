@@ -442,6 +442,8 @@ def chosen_loads(args: argparse.Namespace) -> Dict[str, Load]:
     chosen = {}
     for name in args.loads:
         load = LOADS[name]
+        if args.prompts:
+            load = load.scaled(prompts=args.prompts, input=1, output=1)
         if args.quick:
             load = load.scaled(prompts=16, input=1, output=10)
         if args.shape == "tiny":
@@ -566,6 +568,11 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 
         return parse_list
 
+    def positive(text: str) -> int:
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
+
     def mtp(text: str) -> List[str]:
         names = [name.strip() for name in text.split(",")]
         for name in names:
@@ -597,6 +604,12 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--prompts",
+        type=positive,
+        metavar="N",
+        help="of a load at most, for a large model",
+    )
     parser.add_argument("--quick", action="store_true", help="small numbers")
     parser.add_argument("--flags", default="", help="more for every SGLang server")
     parser.add_argument("--context", type=int, help="at least; default 16384")

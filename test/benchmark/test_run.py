@@ -248,6 +248,16 @@ def test_what_bench_serving_is_told():
     )
 
 
+def test_fewer_prompts(capsys):
+    args = run.parse(["--prompts", "40", "--loads", "summarization,prefill"])
+    loads = run.chosen_loads(args)
+    assert loads["summarization"] == run.Load(8000, 1000, 40)
+    assert loads["prefill"] == run.LOADS["prefill"]  # has fewer
+    with pytest.raises(SystemExit):
+        run.parse(["--prompts", "0"])
+    assert "argument --prompts: invalid positive value: '0'" in capsys.readouterr().err
+
+
 def test_bursts_reach_the_shapes_of_the_loads():
     def sizes(*names):
         return [
