@@ -325,6 +325,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         results = Results.start(
             *("quality", args.name, title),
             model=args.model.name,
+            server=args.flags,
             arms={arm.name: arm.describe() for arm in arms},
         )
         failed = (mmlu if args.mmlu else compare)(args, arms, results)
@@ -362,13 +363,13 @@ def compare(args, arms: List[Arm], results: Results) -> List[str]:
             # One that is wrong may never answer; it gets the time that others took.
             begin, wrong = time.monotonic(), arm.name.startswith("wrong: ")
             timeout = 60 + 3 * slowest if wrong and slowest else 900
-            try:
-                with server.running(args.start_timeout):
+            with server.running(args.start_timeout):
+                try:
                     answers[arm.name] = ask(server, asked, timeout)
-            except HouseError as e:
-                if not wrong:
-                    raise
-                silent[arm.name] = str(e)
+                except HouseError as e:
+                    if not wrong:
+                        raise
+                    silent[arm.name] = str(e)
             slowest = max(slowest, 0 if wrong else time.monotonic() - begin)
             bar.update()
         bar.set_description(REFERENCE)

@@ -27,7 +27,7 @@ NUMBERS = {
     "retracted": re.compile(r"#retracted_reqs: (\d+)"),
 }
 SUMMED = ("prefilled", "retracted")
-FLUSHED = "Cache flushed successfully"
+FLUSHED, ENDED = "Cache flushed successfully", '"GET /server_info'
 
 
 @dataclasses.dataclass
@@ -50,7 +50,10 @@ def read_log(path: str, seconds: int = 60) -> List[Span]:
         ValueError: the log names no SWA pool.
     """
     text = Path(path).read_text(errors="replace")
-    loads = [_read(load, seconds) for load in text.split(FLUSHED)]
+    _, *parts = text.split(FLUSHED)
+    # bench_serving asks about the server when a load is over.
+    parts = [part.partition(ENDED)[0] for part in parts] or [text]
+    loads = [_read(part, seconds) for part in parts]
     if not any(row.swa for load in loads for row in load):
         raise ValueError(f"{path} has no line with a SWA token usage.")
     return max(loads, key=lambda load: sum(row.prefilled for row in load))

@@ -11,7 +11,7 @@ none does, so that the groups add up to the step. A decode step lasts from the f
 kernel of one step's first attention to that of the next; a prefill from its first
 kernel to its sampled token.
 
-The same --name again adds the arms that it lacks. vLLM's profiler records the CPU's side
+The same --name again adds the arms and steps that it lacks. vLLM's profiler records the CPU's side
 as well, which lengthens its gaps: how long a step takes without a profiler stands beside
 each.
 
@@ -44,7 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import run as runner  # noqa: E402
 import serving  # noqa: E402
-from results import FOLDER, Results, load, table  # noqa: E402
+from results import FOLDER, Results, hardware, load, table  # noqa: E402
 from serving import HouseError, Server, Setup  # noqa: E402
 
 # Kernels alone: recording the CPU's side slows a step down.
@@ -73,20 +73,21 @@ RULES = (
     (KV, r"store_?(kv)?_?cache|(set|store|copy|write)_kv|reshape_and_cache|kv_?write"),
     (
         LOGITS,
-        r"softcap|sampl|argmax|MaxOps|cunn_?softmax|multinomial|exponential"
+        r"softcap|sampl|argmax|MaxOps|cunn_?softmax|multinomial|exponential|topk_topp"
         r"|cross_?entropy|VerifyTree",
     ),
     (
         ATTENTION,
         r"_fwd_kernel|_fwd_grouped|fmha|attention|attn|flash(::|_fwd|_decode)|_lse\b"
-        r"|decode_stage|_extend_|_verify_|stage[12]\b|BatchPrefill|BatchDecode|splitkv",
+        r"|decode_stage|_extend_|_verify_|stage[12]\b|BatchPrefill|BatchDecode|splitkv"
+        r"|reduce_segments",
     ),
     (ROUTING, r"routing|topk|bitonicSort|radixFindKth|softmax_warp"),
     (EXPERTS, r"fused_moe|moe_|_moe|count_and_sort|sorted_token|copy__mul_sum"),
     (MATMUL, r"gemm|nvjet|cutlass|cublas|splitK|gemv|wgmma|matmul|xmma|_mm_"),
     (POINTWISE, r"gelu|silu|act_and_mul"),
 )
-DECODES = re.compile(r"stage[12]\b|decode|splitkv", re.IGNORECASE)
+DECODES = re.compile(r"stage[12]\b|decode|splitkv|reduce_segments", re.IGNORECASE)
 RULES = [(group, re.compile(pattern, re.IGNORECASE)) for group, pattern in RULES]
 
 
@@ -465,6 +466,8 @@ class Requests:
                 for line in response:
                     if self.stopped:
                         break
+                    if line.startswith(b'data: {"error"'):
+                        raise OSError(line.decode(errors="replace").strip())
                     if line.startswith(b"data: {"):
                         self.times[number].append(time.perf_counter())
                         if len(self.times[number]) == 1:
@@ -621,7 +624,7 @@ def add(results: Results, arm: str, step: str, found, undisturbed: float) -> Non
 
 
 def show(results: Results, step: str, top: int) -> str:
-    arms = results.arms()
+    arms = [arm for arm in results.arms() if arm != BYTES]
     against = arms[0] if len(arms) > 1 else None
     parts = [table(results, "time", against, step=step)]
     for arm in arms:
@@ -723,6 +726,7 @@ def prepare_results(args: argparse.Namespace, path: Path) -> Results:
         "mtp": args.mtp[0],
         "server": args.flags,
         "context": args.context,
+        "context tokens": args.context_tokens,
     }
     if not path.exists():
         title = "Where a step's time goes"
@@ -734,6 +738,8 @@ def prepare_results(args: argparse.Namespace, path: Path) -> Results:
     except (OSError, ValueError) as e:
         raise HouseError(f"{e}; give another --name.") from None
     differing = [k for k, v in settings.items() if results.settings.get(k) != v]
+    if results.hardware.get("gpu") != hardware().get("gpu"):
+        differing.append("GPU")
     if differing:
         raise HouseError(
             f"{path} was measured otherwise ({', '.join(differing)} differ): give "
@@ -757,8 +763,8 @@ def add_floors(args, results: Results) -> None:
     for count in args.requests:
         found = floors(args.model, count, args.context_tokens, rate)
         for group in GROUPS:
-            if group in found:
-                case = {"step": decode_title(count), "group": group}
+            case = {"step": decode_title(count), "group": group}
+            if group in found and results.get(case, BYTES, "time") is None:
                 results.add(case, BYTES, "time", "ms", [round(found[group], 5)])
 
 
@@ -769,12 +775,12 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
     given = (chosen or ([] if args.arm else ["base", "fork"])) + args.arm
     arms = [serving.parse_arm(text) for text in given]
     for arm in arms:
-        if arm.name in results.settings["arms"]:
-            raise HouseError(
-                f"{path} holds the arm {arm.name} already: give another --name, or "
-                "leave the arm out."
-            )
         arm.probe()
+        known = results.settings["arms"].get(arm.name)
+        if known and known["code_sha256"] != arm.code:
+            raise HouseError(
+                f"{path} holds the arm {arm.name} with other code: give another --name."
+            )
     on = args.mtp != ["off"]
     setup = Setup(
         *(args.model, args.port),
@@ -785,12 +791,21 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
         flags=args.flags.split(),
     )
     wanted = args.steps.split(",")
-    if "decode" in wanted and not on and BYTES not in results.arms():
-        add_floors(args, results)
     kinds = ["prefill"] * ("prefill" in wanted)
     kinds += [count for count in args.requests] if "decode" in wanted else []
+    title = {kind: decode_title(kind) for kind in kinds if kind != "prefill"}
+    title["prefill"] = f"prefill, {args.input} tokens"
     with tqdm(total=len(arms) * (1 + len(kinds)), unit="step", disable=None) as bar:
         for arm in arms:
+            missing = [
+                kind
+                for kind in kinds
+                if results.get({"step": title[kind]}, arm.name, "step") is None
+            ]
+            bar.update(len(kinds) - len(missing))
+            if not missing:
+                bar.update()
+                continue
             bar.set_description(f"{arm.name}: starting")
             stem = args.logs / args.name / arm.name
             own = dataclasses.replace(
@@ -804,14 +819,13 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
                 # Builds the kernels, and starts what the profiler starts once.
                 profiler.record("warm-up", Requests(server, 2, 100, 32, 0).wait)
                 flush(server)
-                for kind in kinds:
+                for kind in missing:
                     bar.set_description(f"{arm.name}: {kind}")
                     try:
+                        step = title[kind]
                         if kind == "prefill":
-                            step = f"prefill, {args.input} tokens"
                             kernels, alone = profile_prefill(server, profiler, args)
                         else:
-                            step = decode_title(kind)
                             kernels, alone = profile_decode(
                                 server, profiler, args, kind
                             )
@@ -822,6 +836,8 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
                         print(f"{arm.name}, {kind}: {e}", file=sys.stderr)
                     results.save(path)
                     bar.update()
+    if "decode" in wanted and not on:
+        add_floors(args, results)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Results:
             command=shlex.join([Path(sys.executable).name, *map(_shown, sys.argv)]),
             commit=commit,
             dirty=dirty,
-            hardware=_hardware(),
+            hardware=hardware(),
             versions=_versions(),
         )
 
@@ -335,8 +335,8 @@ def _output(command: List[str]) -> str:
     ).stdout.strip()
 
 
-def _hardware() -> Dict[str, object]:
-    hardware: Dict[str, object] = {"cpu": platform.machine(), "cores": os.cpu_count()}
+def hardware() -> Dict[str, object]:
+    found: Dict[str, object] = {"cpu": platform.machine(), "cores": os.cpu_count()}
     try:
         query = [
             "nvidia-smi",
@@ -347,8 +347,8 @@ def _hardware() -> Dict[str, object]:
     except (OSError, subprocess.CalledProcessError):
         gpus = []
     if gpus:
-        hardware.update(gpu=gpus[0][0], gpus=len(gpus), driver=gpus[0][1])
-    return hardware
+        found.update(gpu=gpus[0][0], gpus=len(gpus), driver=gpus[0][1])
+    return found
 
 
 def _versions() -> Dict[str, str]:

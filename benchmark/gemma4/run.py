@@ -40,7 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import serving  # noqa: E402
 from pool_usage import FLUSHED, NUMBERS  # noqa: E402
-from results import FOLDER, Results, load, table  # noqa: E402
+from results import FOLDER, Results, hardware, load, table  # noqa: E402
 from serving import Arm, Client, HouseError, Server, Setup  # noqa: E402
 
 
@@ -56,12 +56,15 @@ class Load:
 
     def scaled(self, prompts: int, input: int, output: int) -> "Load":
         """With at most so many prompts, and input and output divided."""
+        prompts = min(self.prompts, prompts)
+        groups = max(min(self.groups, prompts // 2), 1) if self.groups else 0
         return dataclasses.replace(
             self,
-            prompts=min(self.prompts, prompts),
+            # As many in each group.
+            prompts=prompts - prompts % groups if groups else prompts,
             input=max(self.input // input, 1),
             output=max(self.output // output, 1),
-            groups=min(self.groups, prompts // 2),
+            groups=groups,
         )
 
     @property
@@ -228,12 +231,11 @@ class Run:
         return turns
 
     def setup(self, mtp: str) -> Setup:
-        longest = max(load.input + load.output for load in self.args.chosen.values())
         on = mtp != "off"
         return Setup(
             self.args.model,
             self.args.port,
-            context=max(self.args.context, longest + 64),
+            context=longest_context(self.args),
             draft=self.args.draft if on else None,
             accepted=float(mtp) if on else 0.0,
             requests=max(load.prompts for load in self.args.chosen.values()),
@@ -354,7 +356,15 @@ class Run:
         arguments += ["--port", str(self.args.port), "--model", str(self.args.model)]
         arguments += [*load.arguments(), "--seed", str(seed), "--disable-tqdm"]
         arguments += ["--warmup-requests", str(load.warmups), "--flush-cache"]
+        before = server.log.stat().st_size
         result = client.send(arguments, server, self.args.load_timeout, tick)
+        # SGLang refuses a request in a stream that bench_serving takes for its answer.
+        refused = re.search(r"\[http_server\] (Error: .*)", server.logged(before))
+        if refused:
+            raise HouseError(
+                f"{turn.arm.name} refused a request of {what}: {refused[1]} See "
+                f"{server.log}."
+            )
         if result["completed"] != load.prompts:
             raise HouseError(
                 f"{turn.arm.name} answered {result['completed']} of {load.prompts} "
@@ -377,7 +387,10 @@ class Run:
             if "TPOT" not in metric and "ITL" not in metric or chosen.output > 1
         }
         values.update(self._logged(server, before))
-        values.update(self._held(server))
+        held = 0
+        if turn.arm.engine == "sglang":
+            held = self._held(server)
+            values["KV slots held when idle"] = ("slots", held)
         if memory.peak:
             values["peak GPU memory"] = ("GiB", memory.peak)
         if turn.mtp != "off" and result.get("accept_length"):
@@ -385,6 +398,11 @@ class Run:
         for metric, (unit, value) in values.items():
             self.results.append(case, turn.arm.name, metric, unit, round(value, 5))
         self.results.save(self.path)
+        if held:
+            raise HouseError(
+                f"{turn.arm.name} holds {held} KV slots though all is answered: see "
+                f"{server.log}."
+            )
         shown = {m: self.results.get(case, turn.arm.name, m) for m in SUMMARY}
         return ", ".join(
             f"{metric} {record.samples[-1]:.4g} {record.unit}"
@@ -394,9 +412,7 @@ class Run:
 
     def _logged(self, server: Server, before: int) -> Dict[str, tuple]:
         """Retractions and prefilled tokens since the cache was flushed."""
-        with open(server.log, errors="replace") as log:
-            log.seek(before)
-            text = log.read().rpartition(FLUSHED)[2]
+        text = server.logged(before).rpartition(FLUSHED)[2]
         if server.arm.engine != "sglang":
             return {}
         units = {
@@ -409,20 +425,24 @@ class Run:
         }
 
     @staticmethod
-    def _held(server: Server) -> Dict[str, tuple]:
+    def _held(server: Server) -> int:
         """KV slots of the fuller pool that nobody gave back, all being answered.
 
         Those of the prefix cache, which may be evicted, do not count.
         """
-        if server.arm.engine != "sglang":
-            return {}
         # The last request leaves the scheduler a step after its last token.
         for _ in range(50):
             (load,) = json.load(server.ask("/v1/loads"))["loads"]
             if not load["num_used_tokens"]:
                 break
             time.sleep(0.1)
-        return {"KV slots held when idle": ("slots", load["num_used_tokens"])}
+        return load["num_used_tokens"]
+
+
+def longest_context(args: argparse.Namespace) -> int:
+    """Of a request that the servers take: text is sent, which may have more tokens."""
+    needed = (load.input * 1.05 + load.output for load in args.chosen.values())
+    return max(args.context, int(max(needed)) + 64)
 
 
 def summary(results: Results) -> str:
@@ -489,7 +509,8 @@ def prepare_results(args: argparse.Namespace, arms: List[Arm]) -> Results:
         "client": CLIENT,
         "burst": BURST,
         "seed": args.seed,
-        "context": args.context,
+        "context": longest_context(args),
+        "requests": max(load.prompts for load in args.chosen.values()),
     }
     described = {arm.name: arm.describe() for arm in arms}
     path = args.out / f"{args.name}.json"
@@ -509,6 +530,8 @@ def prepare_results(args: argparse.Namespace, arms: List[Arm]) -> Results:
         raise HouseError(f"{e}; give another --name.") from None
     known = results.settings.setdefault("arms", {})
     differing = [k for k, v in settings.items() if results.settings.get(k) != v]
+    if results.hardware.get("gpu") != hardware().get("gpu"):
+        differing.append("GPU")
     for name, arm in described.items():
         if name in known:
             old, new = dict(known[name]), dict(arm)

@@ -454,6 +454,12 @@ class Server:
             request.add_header("Content-Type", "application/json")
         return self._opener.open(request, timeout=timeout)
 
+    def logged(self, before: int) -> str:
+        """What it has logged since its log was `before` bytes long."""
+        with open(self.log, errors="replace") as log:
+            log.seek(before)
+            return log.read()
+
     def check_alive(self, when: str) -> None:
         status = self.process.poll()
         if status is None:

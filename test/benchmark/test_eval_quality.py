@@ -138,9 +138,9 @@ def model(tmp_path_factory):
     return folder
 
 
-def answers(model, asked):
-    """What a model of transformers answers, in bfloat16, as an arm's server would."""
-    reference = eval_quality.Reference(model, "bfloat16")
+def answers(model, asked, dtype="bfloat16"):
+    """What a model of transformers answers, as an arm's server would."""
+    reference = eval_quality.Reference(model, dtype)
     found = []
     for prompt in asked:
         logprobs = reference.logprobs(prompt.tokens, prompt.answer)
@@ -171,8 +171,22 @@ def test_the_folder_is_what_a_server_loads(model):
 
 def test_rounding_passes_and_another_model_does_not(model, tmp_path):
     asked = [trained.prompt(task, 0, 100) for task in trained.TASKS]
-    said, noise = judged(model, asked, answers(model, asked))
-    assert not said and max(x for d in noise for x in d.apart) > 0
+    exact = answers(model, asked, "float32")
+
+    def farther(times):
+        """Answers so many times as far from float32's as bfloat16's are."""
+        found = answers(model, asked)
+        for answer, right in zip(found, exact):
+            answer.logprobs = [
+                [b + times * (a - b) for a, b in zip(*both)]
+                for both in zip(answer.logprobs, right.logprobs)
+            ]
+        return found
+
+    for times, failed in ((2.9, 0), (3.1, len(trained.TASKS))):
+        said, noise = judged(model, asked, farther(times))
+        assert len(said) == failed, times
+    assert max(x for d in noise for x in d.apart) > 0
     for name, (wrong, _) in eval_quality.wrong_arms(
         ["window", "experts"], model, tmp_path
     ).items():

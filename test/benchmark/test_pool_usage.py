@@ -46,11 +46,15 @@ def test_minutes(tmp_path, capsys):
     log, out = tmp_path / "a.log", tmp_path / "usage.json"
     log.write_text(
         line(0, "Use sliding window memory pool.")
+        + line(1, prefill(8192, 0.90, 0.90, 0, 79))  # its warm-up
+        + line(1, "Cache flushed successfully!")
         + line(2, prefill(8192, 0.10, 0.50, 0, 79))
         + line(30, prefill(7808, 0.20, 0.75, 1, 78))
         + line(61, decode(0.25, 0.97, 9, 71))
         + line(61, "KV cache pool is full. Retract requests. #retracted_reqs: 3, ")
         + line(100, decode(0.30, 0.40, 6, 74))
+        + line(105, 'INFO:     127.0.0.1:4 - "GET /server_info HTTP/1.1" 200 OK')
+        + line(106, prefill(8192, 1.0, 1.0, 0, 0))  # the next one's warm-up
         + line(110, "Cache flushed successfully!")  # before another, smaller load
         + line(111, prefill(8192, 1.0, 1.0, 99, 99))
     )

@@ -251,6 +251,10 @@ def test_arms_are_added_to_what_was_measured_alike(tmp_path):
     assert prepared("--flags", "--page-size 16").records == first.records
     with pytest.raises(HouseError, match=r"otherwise \(mtp, context differ\)"):
         prepared("--flags", "--page-size 16", "--mtp", "2.75", "--context", "9")
+    first.hardware["gpu"] = "another"
+    first.save(path)
+    with pytest.raises(HouseError, match=r"otherwise \(GPU differ\)"):
+        prepared("--flags", "--page-size 16")
     path.write_text("{")
     with pytest.raises(HouseError, match="give another --name"):
         prepared()

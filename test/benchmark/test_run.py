@@ -253,6 +253,9 @@ def test_fewer_prompts(capsys):
     loads = run.chosen_loads(args)
     assert loads["summarization"] == run.Load(8000, 1000, 40)
     assert loads["prefill"] == run.LOADS["prefill"]  # has fewer
+    for prompts, sent, groups in ((1, 1, 1), (20, 16, 8), (30, 24, 8), (99, 80, 8)):
+        shared = run.LOADS["shared-prefix"].scaled(prompts, 1, 1)
+        assert (shared.prompts, shared.groups) == (sent, groups)
     with pytest.raises(SystemExit):
         run.parse(["--prompts", "0"])
     assert "argument --prompts: invalid positive value: '0'" in capsys.readouterr().err

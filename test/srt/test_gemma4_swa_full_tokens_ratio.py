@@ -340,8 +340,12 @@ class TestPoolSizes(_Case):
                     argv += ["--context-length", str(context)]
                     config = solve(parse(gemma4(), *argv), H200_KV_BYTES)
                     self.assertEqual(config.max_running_requests, requests)
-        args = parse(gemma4(), "--max-running-requests", "80")
-        self.assertEqual(solve(args, H200_KV_BYTES).max_running_requests, 80)
+        for requests in (80, 4096):
+            argv = ["--max-running-requests", str(requests)]
+            config = solve(
+                parse(gemma4(), *argv, "--context-length", "131072"), H200_KV_BYTES
+            )
+            self.assertEqual(config.max_running_requests, requests)
 
     def test_pools_fit_the_memory(self):
         for shape, full_bytes, swa_bytes in (

@@ -61,7 +61,8 @@ def _backend(
     generator = torch.Generator().manual_seed(rows)
     mapping = torch.randperm(SLOTS, generator=generator).to(DEVICE)
     allocator = SimpleNamespace(full_to_swa_index_mapping=mapping)
-    pool = torch.randint(SLOTS, (rows, CONTEXT), generator=generator)
+    # A verify step writes beyond the context, a draft behind it reads that.
+    pool = torch.randint(SLOTS, (rows, CONTEXT + 3 * drafts), generator=generator)
     vars(backend).update(
         device=DEVICE,
         skip_prefill=False,
@@ -248,6 +249,13 @@ def test_many_requests(verify):
 def test_kv_splits(splits, window):
     backend = _backend(3, window=window, splits=splits)
     _check(backend, [2000, 5, 1024], [1, 0, 2], verify=False)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_drafted_beyond_the_context(verify):
+    for rows in (1, 3):
+        backend = _backend(rows)
+        _check(backend, [CONTEXT + 12] * rows, list(range(rows)), verify)
 
 
 @pytest.mark.parametrize("verify", [False, True])

@@ -210,6 +210,7 @@ class TestStart(CustomTestCase):
             (dict(disaggregation="prefill"), False),
             (dict(backend="triton"), True),
             (dict(backend="fa3"), False),
+            (dict(backend="triton", decode="flashinfer"), False),
         ):
             given = {**chain, **changed}
             with mock.patch.object(ServerArgs, "__post_init__", lambda self: None):
@@ -223,6 +224,7 @@ class TestStart(CustomTestCase):
                     enable_dp_attention=given.get("dp", False),
                     disaggregation_mode=given.get("disaggregation", "null"),
                     attention_backend=given.get("backend"),
+                    decode_attention_backend=given.get("decode"),
                 )
             env = {"SGLANG_ENABLE_SPEC_V2": given.get("env", "1")}
             with mock.patch.dict(os.environ, env):
