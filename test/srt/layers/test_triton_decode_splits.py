@@ -185,7 +185,7 @@ def test_graph_buffers_hold_every_batch_and_are_no_larger(heads, kv_heads, token
         device="cpu",
         v_head_dim=4,
         swa_v_head_dim=2,
-        max_context_len=16,
+        req_to_token=torch.zeros((tokens, 16), dtype=torch.int32),
         skip_prefill=True,
         sliding_window_size=None,
     )
