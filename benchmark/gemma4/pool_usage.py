@@ -17,6 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Dict, List, Optional
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from plan_kv_pools import positive  # noqa: E402
+
 TIME = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")
 NUMBERS = {
     "full": re.compile(r"full token usage: ([\d.]+)"),
@@ -54,7 +57,7 @@ def read_log(path: str, seconds: int = 60) -> List[Span]:
     # bench_serving asks about the server when a load is over.
     parts = [part.partition(ENDED)[0] for part in parts] or [text]
     loads = [_read(part, seconds) for part in parts]
-    if not any(row.swa for load in loads for row in load):
+    if not NUMBERS["swa"].search(text):
         raise ValueError(f"{path} has no line with a SWA token usage.")
     return max(loads, key=lambda load: sum(row.prefilled for row in load))
 
@@ -121,7 +124,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("logs", metavar="LOG", nargs="+")
-    parser.add_argument("--seconds", type=int, default=60, help="of each line")
+    parser.add_argument("--seconds", type=positive, default=60, help="of each line")
     parser.add_argument("--plot", metavar="FOLDER", help="draw SVGs there")
     parser.add_argument("--json", metavar="FILE", help="write a result file")
     args = parser.parse_args(argv)

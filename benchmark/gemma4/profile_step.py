@@ -11,9 +11,9 @@ none does, so that the groups add up to the step. A decode step lasts from the f
 kernel of one step's first attention to that of the next; a prefill from its first
 kernel to its sampled token.
 
-The same --name again adds the arms and steps that it lacks. vLLM's profiler records the CPU's side
-as well, which lengthens its gaps: how long a step takes without a profiler stands beside
-each.
+The same --name again adds the arms and steps that it lacks. vLLM's profiler records the
+CPU's side as well, which lengthens its gaps: how long a step takes without a profiler
+stands beside each.
 
 Groups are found by the kernels' names, and where many layers share a name by their
 place: the attention kernels between two other kernels are one layer's, and the layers'
@@ -44,7 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import run as runner  # noqa: E402
 import serving  # noqa: E402
-from results import FOLDER, Results, hardware, load, table  # noqa: E402
+from results import FOLDER, Results, table  # noqa: E402
 from serving import HouseError, Server, Setup  # noqa: E402
 
 # Kernels alone: recording the CPU's side slows a step down.
@@ -733,19 +733,7 @@ def prepare_results(args: argparse.Namespace, path: Path) -> Results:
         return Results.start(
             *("kernels", args.name, title), **settings, stacked="group", arms={}
         )
-    try:
-        results = load(path)
-    except (OSError, ValueError) as e:
-        raise HouseError(f"{e}; give another --name.") from None
-    differing = [k for k, v in settings.items() if results.settings.get(k) != v]
-    if results.hardware.get("gpu") != hardware().get("gpu"):
-        differing.append("GPU")
-    if differing:
-        raise HouseError(
-            f"{path} was measured otherwise ({', '.join(differing)} differ): give "
-            "another --name, or remove it."
-        )
-    return results
+    return runner.resume(path, settings, {})
 
 
 def add_floors(args, results: Results) -> None:

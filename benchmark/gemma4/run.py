@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import serving  # noqa: E402
+from plan_kv_pools import positive  # noqa: E402
 from pool_usage import FLUSHED, NUMBERS  # noqa: E402
 from results import FOLDER, Results, hardware, load, table  # noqa: E402
 from serving import Arm, Client, HouseError, Server, Setup  # noqa: E402
@@ -499,6 +500,34 @@ def prepare_model(args: argparse.Namespace) -> None:
         raise HouseError(str(e)) from None
 
 
+def resume(path: Path, settings: dict, arms: Dict[str, dict]) -> Results:
+    """The result file to add to, of the same measurement as far as it knows the arms.
+
+    Raises:
+        HouseError: It is none, or of another.
+    """
+    try:
+        results = load(path)
+    except (OSError, ValueError) as e:
+        raise HouseError(f"{e}; give another --name.") from None
+    known = results.settings.setdefault("arms", {})
+    differing = [k for k, v in settings.items() if results.settings.get(k) != v]
+    if results.hardware.get("gpu") != hardware().get("gpu"):
+        differing.append("GPU")
+    for name, arm in arms.items():
+        if name in known:
+            old, new = dict(known[name]), dict(arm)
+            old.pop("version"), new.pop("version")
+            if old != new:
+                differing.append(name)
+    if differing:
+        raise HouseError(
+            f"{path} was measured otherwise ({', '.join(differing)} differ): give "
+            "another --name, or remove it."
+        )
+    return results
+
+
 def prepare_results(args: argparse.Namespace, arms: List[Arm]) -> Results:
     """The result file to add to: what is there, if it is of the same measurement."""
     weights = "loaded" if serving.has_weights(args.model) else "drawn"
@@ -524,26 +553,8 @@ def prepare_results(args: argparse.Namespace, arms: List[Arm]) -> Results:
         for note in notes(args, arms, weights):
             results.notes.append(note)
         return results
-    try:
-        results = load(path)
-    except (OSError, ValueError) as e:
-        raise HouseError(f"{e}; give another --name.") from None
-    known = results.settings.setdefault("arms", {})
-    differing = [k for k, v in settings.items() if results.settings.get(k) != v]
-    if results.hardware.get("gpu") != hardware().get("gpu"):
-        differing.append("GPU")
-    for name, arm in described.items():
-        if name in known:
-            old, new = dict(known[name]), dict(arm)
-            old.pop("version"), new.pop("version")
-            if old != new:
-                differing.append(name)
-    if differing:
-        raise HouseError(
-            f"{path} was measured otherwise ({', '.join(differing)} differ): give "
-            "another --name, or remove it."
-        )
-    known.update(described)
+    results = resume(path, settings, described)
+    results.settings["arms"].update(described)
     for note in notes(args, arms, weights):
         if note not in results.notes:
             results.notes.append(note)
@@ -590,11 +601,6 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
             return names
 
         return parse_list
-
-    def positive(text: str) -> int:
-        if int(text) < 1:
-            raise ValueError
-        return int(text)
 
     def mtp(text: str) -> List[str]:
         names = [name.strip() for name in text.split(",")]

@@ -258,7 +258,8 @@ def test_fewer_prompts(capsys):
         assert (shared.prompts, shared.groups) == (sent, groups)
     with pytest.raises(SystemExit):
         run.parse(["--prompts", "0"])
-    assert "argument --prompts: invalid positive value: '0'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "argument --prompts: '0' is not a whole number above 0." in said
 
 
 def test_bursts_reach_the_shapes_of_the_loads():

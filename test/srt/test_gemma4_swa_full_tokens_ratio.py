@@ -94,7 +94,10 @@ def solve(server_args: ServerArgs, available_bytes: int, page_size: int = 1):
     server_args.page_size = page_size
     # The parallel groups exist only in a running server.
     with patch.object(pool_configurator, "get_attention_tp_size", lambda: 1):
-        return Runner(server_args, available_bytes)._resolve_memory_pool_config(0)
+        runner = Runner(server_args, available_bytes)
+        configurator = pool_configurator.create_memory_pool_configurator(runner)
+        assert isinstance(configurator, pool_configurator.HybridSWAPoolConfigurator)
+        return runner._resolve_memory_pool_config(0)
 
 
 class _Case(CustomTestCase):
