@@ -82,6 +82,7 @@ class Runner(ModelRunnerKVCacheMixin):
         self.server_args = server_args
         self.model_config = server_args.get_model_config()
         self.is_hybrid_swa = self.model_config.is_hybrid_swa
+        self.sliding_window_size = self.model_config.hf_text_config.sliding_window - 1
         self.kv_cache_dtype = torch.bfloat16
         self.pp_size = self.dp_size = 1
         self.available_bytes = available_bytes
@@ -130,6 +131,12 @@ class TestDefault(_Case):
                 self.assertIn(
                     f"Setting swa_full_tokens_ratio to 0.15 for MoE {arch}", said[0]
                 )
+
+    def test_disaggregated(self):
+        """Both pools hold whole prompts, so that neither is made smaller."""
+        for mode in ("prefill", "decode"):
+            args = parse(gemma4(), "--disaggregation-mode", mode)
+            self.assertEqual(args.swa_full_tokens_ratio, 0.8)
 
     def test_dense(self):
         with self.assertLogs("sglang.srt.server_args", logging.INFO) as logs:
@@ -349,6 +356,26 @@ class TestPoolSizes(_Case):
                 parse(gemma4(), *argv, "--context-length", "131072"), H200_KV_BYTES
             )
             self.assertEqual(config.max_running_requests, requests)
+
+    def test_chunks_fit_the_pool(self):
+        """Two of them beside a window of 1024 and one more, in whole pages."""
+        for argv, page_size, chunk in (
+            ([], 1, 8192),
+            (["--max-total-tokens", "50000"], 1, 2726),
+            (["--max-total-tokens", "50000"], 16, 2704),
+            (["--max-total-tokens", "50000", "--chunked-prefill-size", "512"], 1, 512),
+            (["--max-total-tokens", "50000", "--chunked-prefill-size", "-1"], 1, -1),
+            (["--max-total-tokens", "10000"], 64, 64),
+        ):
+            with self.subTest(argv=argv, page_size=page_size):
+                args = parse(gemma4(), "--chunked-prefill-size", "8192", *argv)
+                solve(args, H200_KV_BYTES, page_size)
+                self.assertEqual(args.chunked_prefill_size, chunk)
+
+    def test_pool_smaller_than_a_window(self):
+        args = parse(gemma4(), "--max-total-tokens", "6000")
+        with self.assertRaisesRegex(ValueError, "SWA pool of 900 tokens is smaller"):
+            solve(args, H200_KV_BYTES)
 
     def test_pools_fit_the_memory(self):
         for shape, full_bytes, swa_bytes in (

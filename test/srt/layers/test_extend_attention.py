@@ -276,7 +276,11 @@ class Inputs:
 
 
 def check(case: Case, seed: int = 0):
-    inputs = Inputs(case, seed)
+    check_inputs(Inputs(case, seed))
+
+
+def check_inputs(inputs: Inputs):
+    case = inputs.case
     out = inputs.run()
     expected = inputs.oracle()
     num_new = sum(case.extend)
@@ -344,6 +348,18 @@ def test_any_batch(data):
         unified=unified,
     )
     check(case, seed=data.draw(st.integers(0, 9)))
+
+
+def test_mask_of_more_than_two_to_the_31_elements():
+    """The last rows of a long chunk behind a long prefix, of which the window is left."""
+    inputs = Inputs(Case(extend=(256,), prefix=(16,), window=16, mask="all"))
+    (mask,) = inputs.masks
+    inputs.offsets = [2**31 // len(mask)]
+    # Little of it is ever touched before it is copied.
+    wide = torch.empty(len(mask), inputs.offsets[0] + mask.shape[1], dtype=torch.bool)
+    wide[:, inputs.offsets[0] :] = mask
+    inputs.masks = [wide]
+    check_inputs(inputs)
 
 
 @pytest.mark.gpu  # NumPy's products, in the interpreter, depend on a row's place

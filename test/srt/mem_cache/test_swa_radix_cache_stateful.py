@@ -53,6 +53,8 @@ from sglang.srt.mem_cache.common import alloc_token_slots
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool, SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.swa_radix_cache import SWARadixCache
+from sglang.srt.mem_cache.unified_cache_components import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.srt.speculative.eagle_info import EagleDraftInput
@@ -646,6 +648,48 @@ def test_revived_tombstone_keeps_full_slots_of_a_running_request():
         while scheduler.step():
             scheduler.check_pools()
         scheduler.check_idle()
+
+
+def test_unified_tree_keeps_full_slots_of_a_running_request():
+    """The same in the tree of SGLANG_ENABLE_UNIFIED_RADIX_TREE."""
+    window = 4
+    scheduler = CPUScheduler(
+        page_size=1,
+        window=window,
+        full_size=CONTEXT_LEN,
+        swa_size=64,
+        chunk=32,
+        mixed=False,
+        overlap=False,
+        mtp=False,
+    )
+    allocator = scheduler.token_to_kv_pool_allocator
+    tree = UnifiedRadixCache(
+        CacheInitParams(
+            disable=False,
+            req_to_token_pool=scheduler.req_to_token_pool,
+            token_to_kv_pool_allocator=allocator,
+            page_size=1,
+            sliding_window_size=window,
+            tree_components=(ComponentType.FULL, ComponentType.SWA),
+        )
+    )
+    scheduler.tree_cache = scheduler.policy.tree_cache = tree
+    prompt = [0, 1, 2] * 8
+    # A node that ends before the window of the request which holds it.
+    scheduler.add_request("0.", prompt[:10], 1)
+    while scheduler.step():
+        pass
+    scheduler.add_request("first.", prompt, 30)
+    scheduler.step()
+    (first,) = scheduler.live_requests()
+    evicted = tree.evict(EvictParams(num_tokens=0, swa_num_tokens=20))
+    assert evicted.swa_num_tokens_evicted == 10
+    scheduler.add_request("second.", prompt[:10] + [5, 5, 5], 30)
+    while scheduler.step():
+        if first.req_pool_idx is not None:
+            free = allocator.full_attn_allocator.free_pages
+            assert not torch.isin(scheduler.row(first, 10), free).any()
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ class TestStart(CustomTestCase):
 
     def test_chains_overlap_with_the_scheduler(self):
         """Drafts with branches wait for each step (spec v1), as does what needs the
-        host to know the lengths, or the draft's hidden states."""
+        host to know the lengths or what was accepted, or the draft's hidden states."""
         chain = dict(steps=3, topk=1, tokens=4)
         for changed, overlaps in (
             ({}, True),
@@ -211,6 +211,9 @@ class TestStart(CustomTestCase):
             (dict(backend="triton"), True),
             (dict(backend="fa3"), False),
             (dict(backend="triton", decode="flashinfer"), False),
+            (dict(backend="triton", draft="flashinfer"), False),
+            (dict(processor=True), False),
+            (dict(hidden_states=True), False),
         ):
             given = {**chain, **changed}
             with mock.patch.object(ServerArgs, "__post_init__", lambda self: None):
@@ -225,6 +228,9 @@ class TestStart(CustomTestCase):
                     disaggregation_mode=given.get("disaggregation", "null"),
                     attention_backend=given.get("backend"),
                     decode_attention_backend=given.get("decode"),
+                    speculative_draft_attention_backend=given.get("draft"),
+                    enable_custom_logit_processor=given.get("processor", False),
+                    enable_return_hidden_states=given.get("hidden_states", False),
                 )
             env = {"SGLANG_ENABLE_SPEC_V2": given.get("env", "1")}
             with mock.patch.dict(os.environ, env):

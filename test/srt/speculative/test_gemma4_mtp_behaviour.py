@@ -95,7 +95,10 @@ class Drafting(parity.Served, CustomTestCase):
         """Send one request; returns its answer, or the response that streams it."""
         top_level = {
             key: sampling_params.pop(key)
-            for key in ("rid", "return_logprob", "top_logprobs_num")
+            for key in (
+                *("rid", "return_logprob", "top_logprobs_num"),
+                "token_ids_logprob",
+            )
             if key in sampling_params
         }
         response = requests.post(
@@ -355,6 +358,25 @@ class TestMTPBehaviour(Drafting):
         values = torch.tensor([[entry[0] for entry in place] for place in served])
         self.assertEqual(ids.tolist(), best.indices.tolist())
         self.assertLess((values - best.values).abs().max().item(), 1e-3)
+
+    def test_logprobs_of_given_tokens(self):
+        """One in a batch asks for those of two tokens, one for its own tokens' alone."""
+        prompts = [parity._prompt(n, seed=27) for n in (6, 9)]
+        wanted = ({"token_ids_logprob": [7, 5]}, {})
+        answers = self.all_at_once(
+            *(
+                lambda p=p, w=w: self.ask(p, return_logprob=True, **w)
+                for p, w in zip(prompts, wanted)
+            )
+        )
+        for prompt, answer in zip(prompts, answers):
+            self.check("given tokens", prompt, answer)
+        sequence = prompts[0] + answers[0]["output_ids"]
+        logits = self.oracle(input_ids=torch.tensor([sequence])).logits[0, :-1]
+        expected = torch.log_softmax(logits.float(), -1)[len(prompts[0]) - 1 :, [7, 5]]
+        served = answers[0]["meta_info"]["output_token_ids_logprobs"]
+        values = torch.tensor([[entry[0] for entry in place] for place in served])
+        self.assertLess((values - expected).abs().max().item(), 1e-3)
 
     def test_more_requests_than_fit(self):
         """Shared prefixes, retraction, and each third one aborted."""
