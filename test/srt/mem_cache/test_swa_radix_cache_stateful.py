@@ -618,9 +618,9 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-def test_revived_tombstone_keeps_full_slots_of_a_running_request():
-    """A prompt computed again may bring SWA slots back, not replace the full ones."""
-    scheduler = CPUScheduler(
+def small_scheduler() -> CPUScheduler:
+    """With a window of 4, and requests one step at a time."""
+    return CPUScheduler(
         page_size=1,
         window=4,
         full_size=CONTEXT_LEN,
@@ -630,6 +630,11 @@ def test_revived_tombstone_keeps_full_slots_of_a_running_request():
         overlap=False,
         mtp=False,
     )
+
+
+def test_revived_tombstone_keeps_full_slots_of_a_running_request():
+    """A prompt computed again may bring SWA slots back, not replace the full ones."""
+    scheduler = small_scheduler()
     tree, prompt = scheduler.tree_cache, [0, 1, 2] * 8
     with envs.SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT.override(True):
         scheduler.add_request("first.", prompt, 30)
@@ -652,17 +657,7 @@ def test_revived_tombstone_keeps_full_slots_of_a_running_request():
 
 def test_unified_tree_keeps_full_slots_of_a_running_request():
     """The same in the tree of SGLANG_ENABLE_UNIFIED_RADIX_TREE."""
-    window = 4
-    scheduler = CPUScheduler(
-        page_size=1,
-        window=window,
-        full_size=CONTEXT_LEN,
-        swa_size=64,
-        chunk=32,
-        mixed=False,
-        overlap=False,
-        mtp=False,
-    )
+    scheduler = small_scheduler()
     allocator = scheduler.token_to_kv_pool_allocator
     tree = UnifiedRadixCache(
         CacheInitParams(
@@ -670,7 +665,7 @@ def test_unified_tree_keeps_full_slots_of_a_running_request():
             req_to_token_pool=scheduler.req_to_token_pool,
             token_to_kv_pool_allocator=allocator,
             page_size=1,
-            sliding_window_size=window,
+            sliding_window_size=scheduler.tree_cache.sliding_window_size,
             tree_components=(ComponentType.FULL, ComponentType.SWA),
         )
     )
