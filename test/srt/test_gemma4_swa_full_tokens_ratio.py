@@ -140,11 +140,23 @@ class TestDefault(_Case):
 
     def test_dense(self):
         with self.assertLogs("sglang.srt.server_args", logging.INFO) as logs:
-            self.assertEqual(parse(gemma4("31b")).swa_full_tokens_ratio, 0.8)
+            self.assertEqual(parse(gemma4("31b")).swa_full_tokens_ratio, 0.3)
         self.assertIn(
-            "Setting swa_full_tokens_ratio to 0.8 for dense Gemma4",
+            "Setting swa_full_tokens_ratio to 0.3 for dense Gemma4",
             "".join(logs.output),
         )
+        args = parse(gemma4("31b"), "--disaggregation-mode", "decode")
+        self.assertEqual(args.swa_full_tokens_ratio, 0.8)
+
+    def test_dense_with_shared_layers(self):
+        """E2B and E4B keep 0.8."""
+        folder = gemma4("31b", text_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config.num_kv_shared_layers = 20
+        args = parse(other(config, "Gemma4ForCausalLM"))
+        text_config = args.get_model_config().hf_text_config
+        self.assertEqual(text_config.num_kv_shared_layers, 20)
+        self.assertEqual(args.swa_full_tokens_ratio, 0.8)
 
     def test_other_architectures(self):
         small = dict(
