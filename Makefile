@@ -5,68 +5,80 @@ SHELL := /bin/bash
 .ONESHELL:
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
-.PHONY: help env fork serve demo test lint patches verify upstream clean
-.PHONY: gate gate-starts tools wheel smoke release publish port watch rehearse bench nightly
+.PHONY: help env tools fork edit serve demo test prove lint patches verify upstream
+.PHONY: rehearse bench nightly port watch wheel smoke release publish gate gate-starts clean
 
-# The first Python the base has a wheel for; PYTHON= names another.
-PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.10,$(if $(shell $(p) -c 'import sys; print((3, 10) <= sys.version_info < (3, 14) or "")' 2>/dev/null),$(p))) python3)
+# The series of patches/ that is meant: the living one unless SERIES= names another.
+SERIES ?= v0.5.23
+# The first Python its base has a wheel for; PYTHON= names another.
+PYTHONS := $(shell sed -nE 's/^\#.*-cp([0-9])([0-9]+)-cp.*/\1.\2/p' 'patches/$(SERIES)/base.txt' 2>/dev/null | sort -uV)
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+PYTHON ?= $(firstword $(foreach p,python3 $(addprefix python,$(PYTHONS)),$(if $(filter $(PYTHONS),$(call version,$(p))),$(p))) python3)
 PORT ?= 30000
 MODEL ?=
+PATCH ?=
 TO ?=
 TAG ?=
 SHAPE ?= 26b-a4b
 LOADS ?=
 UPSTREAM ?= https://github.com/sgl-project/sglang
-VENV := $(CURDIR)/.venv/bin
-FORK := "$(VENV)/python" -m fork
+# What needs the engine is run by its environment, the rest by one of a few MB.
+VENV := $(CURDIR)/.venvs/$(SERIES)
+ENGINE = "$(VENV)/bin/python"
+TOOLS := .cache/tools/bin/python
+FORK = -m fork --series "$(SERIES)"
+COMMANDS = cd python && "$(CURDIR)/$(TOOLS)" $(FORK)
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 env:
-	@"$(PYTHON)" python/fork/env.py
-
-fork: env ## Write python/sglang: the pinned base and the patch series as commits
-	@$(FORK) checkout
-
-serve: fork ## Serve Gemma 4 on 127.0.0.1 (PORT=30000; MODEL=a checkpoint, else a tiny one)
-	@$(FORK) serve --port "$(PORT)" --model "$(MODEL)"
-
-demo: fork ## Serve, ask one question, stream the answer, stop
-	@$(FORK) demo --port "$(PORT)" --model "$(MODEL)"
-
-test: verify lint ## Run every test (FILES= names some)
-	@"$(VENV)/python" -m pytest $(or $(FILES),test)
-
-lint: fork ## Check the style of our files and of the lines our patches add
-	@$(FORK) lint
-
-patches: env ## Export the commits of python/sglang to patches/
-	@$(FORK) export
-
-verify: env ## Prove that patches/ is exactly what python/sglang holds, and applies
-	@$(FORK) verify
-
-upstream: env ## Write dist/upstream/: each patch with its tests, for git am upstream
-	@$(FORK) upstream
-
-rehearse: env ## Apply dist/upstream/ to SGLang's own repository at the tag (UPSTREAM=)
-	@$(FORK) rehearse --repository "$(UPSTREAM)"
-
-bench: fork ## Serve the base and the fork with small numbers: dist/bench/ (SHAPE=, LOADS=)
-	@"$(VENV)/python" benchmark/gemma4/run.py --quick --shape "$(SHAPE)" $(if $(LOADS),--loads "$(LOADS)") --out dist/bench
-
-nightly: fork ## Run the property tests with ten times the examples
-	@HYPOTHESIS_PROFILE=nightly "$(VENV)/python" -m pytest -m hypothesis test
-
-# What needs the commands alone, and not the engine with its 10 GB.
-TOOLS := .cache/tools/bin/python
-COMMANDS = cd python && "$(CURDIR)/$(TOOLS)" -m fork
+	@"$(PYTHON)" python/fork/env.py "$(SERIES)"
 
 tools:
-	@cmp --silent <($(TOOLS) -VV 2>&1) <("$(PYTHON)" -VV) || "$(PYTHON)" -m venv --clear .cache/tools
-	$(TOOLS) -m pip --quiet --disable-pip-version-check install --upgrade "pip>=25.1"
-	$(TOOLS) -m pip --quiet --disable-pip-version-check install --group python/pyproject.toml:tools
+	@"$(PYTHON)" python/fork/env.py tools
+
+fork: tools ## Write python/sglang: the pinned base and the patch series as commits
+	@$(COMMANDS) checkout
+
+edit: tools ## The same, and say where a change of one patch is committed (PATCH=)
+	@$(COMMANDS) edit "$(PATCH)"
+
+serve: env fork ## Serve Gemma 4 on 127.0.0.1 (PORT=30000; MODEL=a checkpoint, else a tiny one)
+	@$(ENGINE) $(FORK) serve --port "$(PORT)" --model "$(MODEL)"
+
+demo: env fork ## Serve, ask one question, stream the answer, stop
+	@$(ENGINE) $(FORK) demo --port "$(PORT)" --model "$(MODEL)"
+
+test: env ## Run every test (FILES= names some; SERIES= another series)
+	@$(ENGINE) $(FORK) verify
+	$(ENGINE) $(FORK) lint
+	$(ENGINE) $(FORK) test $(FILES)
+
+prove: env ## Prove that each patch's tests fail without it (PATCH= names one)
+	@$(ENGINE) $(FORK) prove $(PATCH)
+
+lint: env ## Check the style of our files and of the lines our patches add
+	@$(ENGINE) $(FORK) lint
+
+patches: tools ## Export the commits of python/sglang to patches/
+	@$(COMMANDS) export
+
+# Modules are imported where there is the environment to import them in.
+verify: $(if $(wildcard .venvs/$(SERIES)/fork.stamp),env,tools) ## Prove that patches/ is exactly what python/sglang holds, and applies
+	@cd python && $(if $(wildcard .venvs/$(SERIES)/fork.stamp),$(ENGINE),"$(CURDIR)/$(TOOLS)") $(FORK) verify
+
+upstream: tools ## Write dist/upstream/: each patch with its tests, for git am upstream
+	@$(COMMANDS) upstream
+
+rehearse: tools ## Apply dist/upstream/ to SGLang's own repository at the tag (UPSTREAM=)
+	@$(COMMANDS) rehearse --repository "$(UPSTREAM)"
+
+bench: env fork ## Serve the base and the fork with small numbers: dist/bench/ (SHAPE=, LOADS=)
+	@$(ENGINE) benchmark/gemma4/run.py --quick --shape "$(SHAPE)" $(if $(LOADS),--loads "$(LOADS)") --out dist/bench
+
+nightly: env fork ## Run the property tests with ten times the examples
+	@HYPOTHESIS_PROFILE=nightly $(ENGINE) -m pytest -m hypothesis test
 
 port: tools ## Say which patches apply to the newest SGLang (TO= names a release)
 	@$(COMMANDS) port --to "$(TO)"
@@ -75,7 +87,7 @@ watch: tools
 	@$(COMMANDS) watch
 
 wheel: tools ## Build the wheel of this Python, as a release does: dist/release/
-	@$(TOOLS) -m pip --disable-pip-version-check wheel --no-deps --wheel-dir dist/release ./python
+	@$(TOOLS) -m pip --disable-pip-version-check wheel --no-deps -C series="$(SERIES)" --wheel-dir dist/release ./python
 
 smoke: tools ## Install that wheel where nothing else is, and have it answer
 	@$(COMMANDS) smoke --port "$(PORT)"
@@ -93,5 +105,5 @@ gate:
 gate-starts:
 	@cd python && "$(PYTHON)" -m fork.gate starts
 
-clean: ## Remove what can be made again; keeps python/sglang and .venv
+clean: ## Remove what can be made again; keeps python/sglang and .venvs
 	@rm -rf dist .cache

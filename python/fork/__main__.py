@@ -7,6 +7,8 @@ import errno
 import sys
 from pathlib import Path
 
+BASE = "refs/fork/base"
+
 
 def base(args) -> None:
     """fetch the upstream wheel, check it and print its path"""
@@ -32,6 +34,21 @@ def export(args) -> None:
         say(f"{'Wrote' if path.exists() else 'Removed'} {args.project.show(path)}")
 
 
+def edit(args) -> None:
+    """write python/sglang, and say where a change of one patch is committed"""
+    from fork.tree import Tree
+
+    tree = Tree(args.project)
+    commit, files = tree.edit(args.patch)
+    git = f"git -C {tree.name}"
+    print(f"{args.patch} is the commit {commit} of {tree.name}; it changes")
+    print("".join(f"    {tree.name}/{file}\n" for file in files), end="")
+    print("Edit there, then")
+    print(f"    {git} commit --all --fixup {commit}")
+    print(f"    GIT_SEQUENCE_EDITOR=: {git} rebase -i --autosquash {BASE}")
+    print("    make patches")
+
+
 def verify(args) -> None:
     """prove that patches/ and python/sglang are what they should be"""
     from fork.verify import verify
@@ -40,11 +57,18 @@ def verify(args) -> None:
 
 
 def upstream(args) -> None:
-    """write dist/upstream/: each patch with the files it adds, for git am"""
+    """write dist/upstream/: each patch with its tests, for git am"""
     from fork.upstream import write_upstream
 
     for patch in write_upstream(args.project):
         print(args.project.show(patch))
+
+
+def test(args) -> None:
+    """run the tests of the series"""
+    from fork.complete import test
+
+    test(args.project, args.files)
 
 
 def lint(args) -> None:
@@ -114,7 +138,7 @@ def publish(args) -> None:
     print(publish(args.project, GitHub.of_workflow()))
 
 
-COMMANDS = (base, checkout, export, verify, upstream, lint, serve, demo)
+COMMANDS = (base, checkout, edit, export, verify, upstream, test, lint, serve, demo)
 COMMANDS += (port, watch, rehearse, smoke, release, publish)
 
 
@@ -135,6 +159,10 @@ def parse() -> argparse.Namespace:
             added.add_argument(
                 "--model", default="", help="a checkpoint, or a tiny one"
             )
+        elif command is edit:
+            added.add_argument("patch", help="its name")
+        elif command is test:
+            added.add_argument("files", nargs="*", help="all of them unless named")
         elif command is port:
             added.add_argument(
                 "--to", default="", metavar="RELEASE", help="the newest unless named"

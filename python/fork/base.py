@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from packaging.tags import sys_tags
+from packaging.tags import Tag, sys_tags
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
@@ -35,10 +35,18 @@ def requirement(project: Project) -> str:
     raise ForkError(f"{project.show(project.base)} names no release.")
 
 
+def wheels(project: Project) -> list[str]:
+    """The file names of the release's wheels."""
+    return re.findall(r"^#\s*(\S+\.whl)\s*$", project.base.read_text("utf-8"), re.M)
+
+
+def _tags(project: Project) -> frozenset[Tag]:
+    return frozenset().union(*(parse_wheel_filename(w)[3] for w in wheels(project)))
+
+
 def check_python(project: Project) -> None:
     """Raises ForkError if the release has no wheel for this Python or platform."""
-    wheels = re.findall(r"^#\s*(\S+\.whl)\s*$", project.base.read_text("utf-8"), re.M)
-    tags = frozenset().union(*(parse_wheel_filename(name)[3] for name in wheels))
+    tags = _tags(project)
     if tags and tags.isdisjoint(sys_tags()):
         pythons = ", ".join(sorted({tag.interpreter for tag in tags}))
         platforms = ", ".join(sorted({tag.platform for tag in tags}))
@@ -50,15 +58,25 @@ def check_python(project: Project) -> None:
         )
 
 
-def fetch(project: Project) -> Path:
+def fetch(project: Project, sources: bool = False) -> Path:
     """Returns the wheel of the base for this Python, checked against its sha256.
 
     It is downloaded once, and then taken from the repository's cache.
 
+    Args:
+        sources: Another Python's will do, as it has the same sources.
+
     Raises:
         ForkError: No wheel for this Python, no network, or not the pinned content.
     """
-    check_python(project)
+    target = []
+    if sources and _tags(project).isdisjoint(sys_tags()):
+        tag = min(parse_wheel_filename(wheels(project)[0])[3], key=str)
+        version = re.sub(r"^\D+(\d)", r"\1.", tag.interpreter)
+        target += ["--implementation", "cp", "--python-version", version]
+        target += ["--abi", tag.abi, "--platform", tag.platform]
+    else:
+        check_python(project)
     cache = project.cache / "base"
     cache.mkdir(parents=True, exist_ok=True)
     cached = ["--no-index", "--find-links", str(cache)]
@@ -71,7 +89,7 @@ def fetch(project: Project) -> Path:
                 [sys.executable, "-m", "pip", "--disable-pip-version-check"]
                 + ["download", "--no-input", "--progress-bar", "off", "--no-deps"]
                 + ["--require-hashes", "--only-binary", ":all:", "--dest", fresh]
-                + [*source, "--requirement", str(project.base)],
+                + [*target, *source, "--requirement", str(project.base)],
                 cwd=cache,
             )
             if not done.returncode:
@@ -104,9 +122,9 @@ def _explain(project: Project, done) -> str:
 
 
 @contextlib.contextmanager
-def unpacked(project: Project) -> Iterator[Path]:
-    """Yields a temporary folder with what the base's wheel holds."""
-    wheel = fetch(project)
+def unpacked(project: Project, sources: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder with what the base's wheel holds, see `fetch`."""
+    wheel = fetch(project, sources)
     with tempfile.TemporaryDirectory(prefix="sglang-base-") as folder:
         run_module("wheel", "unpack", "--dest", folder, wheel, cwd=Path(folder))
         (content,) = Path(folder).iterdir()

@@ -7,6 +7,7 @@ import functools
 import gzip
 import io
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -25,6 +26,7 @@ from fork.process import EPOCH, run_module, say
 from fork.project import Project
 from fork.tree import Tree
 
+SERIES = re.compile(r'^series = ".*"', re.MULTILINE)
 METADATA = EmailPolicy(utf8=True, max_line_length=0, refold_source="none")
 
 
@@ -43,15 +45,20 @@ def hook(function: Callable) -> Callable:
     return wrapped
 
 
+def _project(config_settings: dict | None) -> Project:
+    """The series that ``-C series=…`` names, or pyproject.toml."""
+    return Project.load((config_settings or {}).get("series"))
+
+
 @hook
 def build_wheel(directory, config_settings=None, metadata_directory=None) -> str:
-    project = Project.load()
+    project = _project(config_settings)
     with base.unpacked(project) as content:
         package = content / "sglang"
         git = series.init(package)
         series.commit_base(git, project, package)
         git("reset", "--quiet", series.BASE)
-        series.am(git, project.patches(), *series.IN_TREE)
+        series.am(git, project.patches(), in_tree=True)
         shutil.rmtree(package / ".git")
         base.write_version(project.version, package)
         _write_metadata(project, content)
@@ -60,7 +67,7 @@ def build_wheel(directory, config_settings=None, metadata_directory=None) -> str
 
 @hook
 def build_editable(directory, config_settings=None, metadata_directory=None) -> str:
-    project = Project.load()
+    project = _project(config_settings)
     try:
         Tree(project).checkout()
     except UnexportedError as error:
@@ -77,7 +84,7 @@ def build_editable(directory, config_settings=None, metadata_directory=None) -> 
 
 @hook
 def prepare_metadata_for_build_wheel(directory, config_settings=None) -> str:
-    project = Project.load()
+    project = _project(config_settings)
     with base.unpacked(project) as content:
         info = _write_metadata(project, content)
         shutil.copytree(info, Path(directory) / info.name)
@@ -89,7 +96,7 @@ prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel
 
 @hook
 def build_sdist(directory, config_settings=None) -> str:
-    project = Project.load()
+    project = _project(config_settings)
     name = f"sglang-{project.version}"
     with (
         gzip.GzipFile(Path(directory) / f"{name}.tar.gz", "w", mtime=0) as packed,
@@ -99,10 +106,18 @@ def build_sdist(directory, config_settings=None) -> str:
         def add(file: Path, inside: str) -> None:
             sdist.add(file, f"{name}/{inside}", filter=_anonymous)
 
-        add(project.python / "pyproject.toml", "pyproject.toml")
+        def write(content: bytes, inside: str) -> None:
+            entry = tarfile.TarInfo(f"{name}/{inside}")
+            entry.size = len(content)
+            sdist.addfile(_anonymous(entry), io.BytesIO(content))
+
+        # It has one series, so that is what it builds.
+        settings = (project.python / "pyproject.toml").read_text("utf-8")
+        settings = SERIES.sub(f'series = "{project.series}"', settings)
+        write(settings.encode(), "pyproject.toml")
         for file in sorted((project.python / "fork").glob("*.py")):
             add(file, f"fork/{file.name}")
-        for file in [project.base, *project.patches()]:
+        for file in [project.base, project.settings, *project.patches()]:
             add(file, project.show(file))
         info = email.message_from_string("", policy=METADATA)
         info["Metadata-Version"] = "2.2"
@@ -110,10 +125,7 @@ def build_sdist(directory, config_settings=None) -> str:
         info["Version"] = str(project.version)
         for field in ("Requires-Dist", "Provides-Extra", "Requires-Python"):
             info["Dynamic"] = field
-        content = info.as_bytes()
-        entry = tarfile.TarInfo(f"{name}/PKG-INFO")
-        entry.size = len(content)
-        sdist.addfile(_anonymous(entry), io.BytesIO(content))
+        write(info.as_bytes(), "PKG-INFO")
     return f"{name}.tar.gz"
 
 
@@ -144,7 +156,7 @@ def _write_metadata(project: Project, content: Path) -> Path:
         metadata["Requires-Dist"] = line
     if unused:
         raise ForkError(
-            f"pyproject.toml pins {', '.join(sorted(unused))}, which "
+            f"{project.show(project.settings)} pins {', '.join(sorted(unused))}, which "
             f"{base.requirement(project)} does not require: drop the pin."
         )
     (info / "METADATA").write_text(metadata.as_string(), "utf-8")

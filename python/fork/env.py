@@ -1,4 +1,6 @@
-"""Makes the one environment that every make target uses: `.venv` with the fork in it.
+"""Makes the environment of one series, that its make targets use: `.venvs/<series>`
+with the fork in it. With `tools` for a series, makes the small one of the commands
+that need git and a Python alone, and not the engine: `.cache/tools`.
 
 Runs on the system's Python before anything is installed, so it needs the standard
 library alone.
@@ -6,6 +8,7 @@ library alone.
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +16,6 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-VENV = ROOT / ".venv"
-MARK = VENV / "fork.python"  # the Python of an environment that is ours, and whole
-STAMP = VENV / "fork.stamp"  # what was installed into it to the end
-PYPROJECT = ROOT / "python" / "pyproject.toml"
-PYTHONS = ((3, 10), (3, 13))  # the oldest and the newest CPython with a base wheel
 INSTALLED_GB = 11
 
 
@@ -25,86 +23,148 @@ def fail(message: str) -> None:
     sys.exit(f"make: {message}")
 
 
-def wanted() -> str:
-    """What the installed environment depends on, as one hash."""
-    digest = hashlib.sha256(sys.version.encode())
-    for path in [PYPROJECT, *sorted((ROOT / "patches").glob("*/base.txt"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+class Environment:
+    """A virtual environment that is made anew when what it depends on has changed.
+
+    Attributes:
+        folder: Where it is.
+        mark: The Python of an environment that is ours, and whole.
+        stamp: What was installed into it to the end.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.mark = folder / "fork.python"
+        self.stamp = folder / "fork.stamp"
+        self.pyproject = ROOT / "python" / "pyproject.toml"
+
+    @property
+    def name(self) -> str:
+        return str(self.folder.relative_to(ROOT))
+
+    def settings(self) -> str:
+        """What of the repository's files an installation depends on."""
+        return without(self.pyproject.read_text("utf-8"), "[tool.fork]")
+
+    def wanted(self) -> str:
+        """What the installed environment depends on, as one hash."""
+        return hashlib.sha256((sys.version + self.settings()).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Ends the program if it cannot be made here."""
+        try:
+            import ensurepip  # noqa: F401
+        except ImportError:
+            fail(
+                f"{sys.executable} cannot make an environment with pip; install its "
+                f"venv package (on Debian: python3-venv) and run again."
+            )
+
+    def requirements(self) -> list:
+        """What pip is to install."""
+        return ["--quiet", "--group", f"{self.pyproject}:tools"]
+
+    def make(self) -> None:
+        """Installs it, unless that was done to the end and nothing changed since."""
+        want = self.wanted()
+        if self.stamp.exists() and self.stamp.read_text() == want:
+            return
+        self.check()
+        self.stamp.unlink(missing_ok=True)
+        self.make_venv()
+        python = str(self.folder / "bin" / "python")
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
+        for command in (
+            # Dependency groups need pip 25.1.
+            [*pip, "--quiet", "--upgrade", "pip>=25.1"],
+            [*pip, *self.requirements()],
+        ):
+            if subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}).returncode:
+                fail(
+                    f"the installation into {self.name} did not finish (pip says why "
+                    "above); run the same command again, it goes on where it stopped."
+                )
+        self.stamp.write_text(want)
+
+    def make_venv(self) -> None:
+        """Makes it for this Python, anew if it is another's or was cut off."""
+        if self.mark.exists() and self.mark.read_text() == sys.version:
+            return
+        ours = self.folder / "fork.partial"
+        if self.folder.exists() and not (self.mark.exists() or ours.exists()):
+            fail(f"{self.folder} is none that make made; move it away and run again.")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        ours.touch()
+        venv.create(self.folder, with_pip=True, symlinks=True)
+        self.mark.write_text(sys.version)
+        ours.unlink()
 
 
-def check_host() -> None:
-    oldest, newest = (".".join(map(str, v)) for v in PYTHONS)
-    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-        fail(
-            f"{sys.executable} is Python {sys.version.split()[0]}, but the base has "
-            f"wheels for {oldest} to {newest}; run `make PYTHON=python{newest} …`."
-        )
-    if sys.platform != "linux":
-        fail(f"the base has wheels for Linux only, and this is {sys.platform}.")
-    if not shutil.which("git"):
-        fail("git is not installed; it applies the patches. Install it and run again.")
-    try:
-        import ensurepip  # noqa: F401
-    except ImportError:
-        fail(
-            f"{sys.executable} cannot make an environment with pip; install its venv "
-            f"package (on Debian: python3-venv) and run again."
-        )
+class Engine(Environment):
+    """The environment of a series: the fork, what it requires, and what tests it."""
+
+    def __init__(self, series: str):
+        super().__init__(ROOT / ".venvs" / series)
+        self.series = series
+        self.patches = ROOT / "patches" / series
+        if not (self.patches / "base.txt").is_file():
+            names = sorted(p.parent.name for p in self.patches.parent.glob("*/base.txt"))
+            fail(
+                f"there is no {self.patches / 'base.txt'}; SERIES= is one of "
+                f"{', '.join(names)}."
+            )
+
+    def settings(self) -> str:
+        """Of the series: its base, its version and its pins, but not its patches."""
+        base = (self.patches / "base.txt").read_text("utf-8")
+        series = (self.patches / "series.toml").read_text("utf-8")
+        return super().settings() + base + without(series, "[[patch]]")
+
+    def pythons(self) -> list:
+        """The CPythons that the base has a wheel for, such as (3, 12)."""
+        base = (self.patches / "base.txt").read_text("utf-8")
+        found = re.findall(r"-cp(\d)(\d+)-cp\S+\.whl$", base, re.MULTILINE)
+        return sorted({(int(major), int(minor)) for major, minor in found})
+
+    def check(self) -> None:
+        pythons = self.pythons()
+        if sys.version_info[:2] not in pythons:
+            told = [".".join(map(str, version)) for version in pythons]
+            fail(
+                f"{sys.executable} is Python {sys.version.split()[0]}, but the base has "
+                f"wheels for {', '.join(told)}; run `make PYTHON=python{told[-1]} …`."
+            )
+        if sys.platform != "linux":
+            fail(f"the base has wheels for Linux only, and this is {sys.platform}.")
+        if not shutil.which("git"):
+            fail("git is not installed; it applies the patches: install it, run again.")
+        super().check()
+        free = shutil.disk_usage(ROOT).free / 1e9
+        files = (file for file in self.folder.rglob("*") if file.is_file())
+        have = sum(file.stat().st_size for file in files) / 1e9
+        if free + have < INSTALLED_GB:
+            fail(
+                f"the environment needs about {INSTALLED_GB} GB and {ROOT} has "
+                f"{free:.1f} GB free; make room and run again."
+            )
+        print(f"Installing the fork into {self.name} (about 10 GB, once).", flush=True)
+
+    def requirements(self) -> list:
+        fork = ["--editable", str(ROOT / "python")]
+        settings = ["--config-settings", f"series={self.series}"]
+        return [*fork, *settings, "--group", f"{self.pyproject}:dev"]
 
 
-def check_space() -> None:
-    free = shutil.disk_usage(ROOT).free / 1e9
-    have = (
-        sum(f.stat().st_size for f in VENV.rglob("*") if f.is_file()) / 1e9
-        if VENV.exists()
-        else 0
-    )
-    if free + have < INSTALLED_GB:
-        fail(
-            f"the environment needs about {INSTALLED_GB} GB and {ROOT} has "
-            f"{free:.1f} GB free; make room and run again."
-        )
-
-
-def make_venv() -> None:
-    """Makes .venv for this Python, anew if what is there is another's or was cut off."""
-    if MARK.exists() and MARK.read_text() == sys.version:
-        return
-    ours = MARK.parent / "fork.partial"
-    if VENV.exists() and not (MARK.exists() or ours.exists()):
-        fail(f"{VENV} is none that make made; move it away and run again.")
-    shutil.rmtree(VENV, ignore_errors=True)
-    VENV.mkdir()
-    ours.touch()
-    venv.create(VENV, with_pip=True, symlinks=True)
-    MARK.write_text(sys.version)
-    ours.unlink()
+def without(settings: str, table: str) -> str:
+    """TOML without the tables of this name."""
+    pattern = rf"^{re.escape(table)}.*\n(?:(?!\[).*\n)*"
+    return re.sub(pattern, "", settings + "\n", flags=re.MULTILINE)
 
 
 def main() -> None:
-    check_host()
-    want = wanted()
-    if STAMP.exists() and STAMP.read_text() == want:
-        return
-
-    check_space()
-    print("Installing the fork and its dependencies into .venv (about 10 GB, once).")
-    STAMP.unlink(missing_ok=True)
-    make_venv()
-    python = str(VENV / "bin" / "python")
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
-    for command in (
-        # Dependency groups need pip 25.1.
-        [*pip, "--quiet", "--upgrade", "pip>=25.1"],
-        [*pip, "--editable", str(ROOT / "python"), "--group", f"{PYPROJECT}:dev"],
-    ):
-        if subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}).returncode:
-            fail(
-                "the installation into .venv did not finish (pip says why above); "
-                "run the same command again, it goes on where it stopped."
-            )
-    STAMP.write_text(want)
+    (name,) = sys.argv[1:]
+    (Environment(ROOT / ".cache" / "tools") if name == "tools" else Engine(name)).make()
 
 
 if __name__ == "__main__":
@@ -113,4 +173,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted; run the same command again, it goes on where it stopped.")
     except (OSError, subprocess.CalledProcessError) as error:
-        fail(f"{VENV} could not be made: {error}; mend that and run again.")
+        fail(f"the environment could not be made: {error}; mend that and run again.")

@@ -27,7 +27,7 @@ HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
 
 def lint(project: Project) -> None:
     """Checks the repository's Python files and workflows, and what the series adds to
-    upstream's files.
+    upstream's files unless it is kept as it is.
 
     Raises:
         ForkError: There are findings; the message lists them.
@@ -39,7 +39,10 @@ def lint(project: Project) -> None:
     for command in (BLACK, [*ISORT, "--diff"], [*RUFF, "--output-format=concise"]):
         findings += _findings([*command, *ours], project.root)
     findings += lint_workflows(project.root)
-    findings += _lint_added(Tree(project).git)
+    if not project.complete():
+        tree = Tree(project)
+        tree.checkout()
+        findings += _lint_added(tree.git)
     if findings:
         raise ForkError("\n".join(["the linters found:", *findings]))
 

@@ -121,9 +121,7 @@ def _both(project: Project, wheel: Path) -> Iterator[Git]:
 
 def _try(git: Git, patch: Path) -> Verdict:
     text = patch.read_text("utf-8", "surrogateescape")
-    # Lines of the subject, which mail may break, up to the first header after it.
-    subject = re.search(r"^Subject: \[PATCH\] (.*(?:\n .*)*)", text, re.MULTILINE)[1]
-    told = Verdict(patch.name, " ".join(subject.split()), "applies")
+    told = Verdict(patch.name, series.subject(patch), "applies")
     start = git.commit("HEAD")
     for options, verdict in ([], "applies"), (["--3way"], "merges"):
         try:

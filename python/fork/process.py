@@ -37,7 +37,6 @@ CONFIG = {
     "log.showSignature": "false",
     "mailinfo.scissors": "false",
     "safe.directory": "*",
-    "trailer.adds.key": "Adds",
 }
 COMMITTER = {
     "GIT_COMMITTER_NAME": "SGLang fork",

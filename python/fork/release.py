@@ -34,7 +34,7 @@ def folder(project: Project) -> Path:
 
 
 def tag(project: Project) -> str:
-    """The tag of the release that pyproject.toml describes, such as ``gemma4.1``."""
+    """The tag of the release that series.toml describes, such as ``gemma4.1``."""
     return project.version.local or ""
 
 
@@ -67,7 +67,8 @@ def write_release(project: Project, tagged: str = "") -> list[Path]:
     if tagged and tagged != tag(project):
         raise ForkError(
             f"The tag {tagged} is not that of version {project.version}, which is "
-            f"{tag(project)}: tag the commit whose pyproject.toml says +{tagged}."
+            f"{tag(project)}: tag the commit whose {project.show(project.settings)} "
+            f"says +{tagged}."
         )
     found = wheels(project)
     if not found:
@@ -99,14 +100,13 @@ def _pack_patches(project: Project, patches: list[Path]) -> Path:
 
 
 def messages(project: Project) -> list[tuple[str, str]]:
-    """Returns subject and text of each patch's commit message, without Adds:."""
+    """Returns subject and text of each patch's commit message."""
     told = []
     for patch in project.patches():
         mail = email.message_from_bytes(patch.read_bytes(), policy=MAIL)
         subject = re.sub(r"^\[PATCH\] ", "", mail["Subject"])
         text = mail.get_content() if not mail.is_multipart() else ""
         text = re.split(r"^(?:---|diff --git .*)$", text, maxsplit=1, flags=re.M)[0]
-        text = re.sub(r"^Adds: .*\n?", "", text, flags=re.M)
         told.append((subject, text.strip()))
     return told
 
@@ -156,7 +156,8 @@ def publish(project: Project, github: GitHub) -> str:
     if any(old["tag_name"] == name for old in github.pages("releases")):
         raise ForkError(
             f"There is a release {name} already, perhaps a draft that an interrupted "
-            "run left: delete it, or raise N of +gemma4.N in pyproject.toml."
+            "run left: delete it, or raise N of +gemma4.N in "
+            f"{project.show(project.settings)}."
         )
     github("GET", f"git/ref/tags/{name}")
     release = github(
@@ -220,7 +221,8 @@ def smoke(project: Project, port: int, dependencies: Path | None = None) -> None
                 f"The environment imports sglang from {found or 'nowhere'}, not from "
                 f"{fitting[0].name}."
             )
-        demo = [python, "-m", "fork", "demo", "--port", str(port)]
+        demo = [python, "-m", "fork", "--series", project.series]
+        demo += ["demo", "--port", str(port)]
         if subprocess.run(demo, cwd=environment, env=env).returncode:
             raise ForkError(f"{fitting[0].name} does not serve; it says why above.")
         say(f"{fitting[0].name} serves, installed alone.")

@@ -6,21 +6,21 @@ import contextlib
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from fork import base
 from fork.errors import ForkError, PatchError
 from fork.process import COMMITTER, EPOCH, Git, GitError
-from fork.project import Project
+from fork.project import OUTSIDE, PREFIX, Project
 
 BASE = "refs/fork/base"
-PREFIX = "python/sglang/"  # where upstream's repository has what a wheel has in sglang/
 
 # Committer and committer date come from the patch, so a series has the same commit
 # ids everywhere. Mail's rule that [brackets] before a subject are dropped is for
 # "[PATCH 1/2]", not for the "[Gemma4]" of upstream's titles.
 AM = ["am", "--quiet", "--committer-date-is-author-date", "--keep-non-patch"]
-IN_TREE = ["-p3"]  # a/python/sglang/srt/… is srt/… in python/sglang
+IN_TREE = "-p3"  # a/python/sglang/srt/… is srt/… in python/sglang
 
 FORMAT = [
     *["format-patch", "--quiet", "--patch", "--no-stat", "--no-numbered"],
@@ -97,18 +97,39 @@ def scratch(git: Git, commit: str) -> Iterator[Git]:
             git("worktree", "remove", "--force", "--force", worktree.folder)
 
 
-def am(git: Git, patches: Sequence[Path], *options: str) -> None:
+def am(
+    git: Git, patches: Sequence[Path], *options: str, in_tree: bool = False
+) -> None:
     """Commits the patches on HEAD.
+
+    Args:
+        in_tree: The repository is python/sglang, not upstream's: what the patches hold
+            of other folders is left out.
 
     Raises:
         PatchError: One does not apply; names it, the files and the hunks.
     """
     if not patches:
         return
-    try:
-        git(*AM, *options, "--", *patches)
-    except GitError as error:
-        raise _refusal(error.output, patches) or error from None
+    with tempfile.TemporaryDirectory() as folder:
+        if in_tree:
+            options = (*options, IN_TREE)
+            patches = [_of_tree(patch, Path(folder)) for patch in patches]
+        try:
+            git(*AM, *options, "--", *patches)
+        except GitError as error:
+            raise _refusal(error.output, patches) or error from None
+
+
+def _of_tree(patch: Path, folder: Path) -> Path:
+    """The patch without what it holds of files outside python/sglang."""
+    content = patch.read_bytes()
+    if not OUTSIDE.search(content):
+        return patch
+    parts = re.split(rb"^(?=diff --git )", content, flags=re.MULTILINE)
+    kept = folder / patch.name
+    kept.write_bytes(b"".join(part for part in parts if not OUTSIDE.match(part)))
+    return kept
 
 
 def _refusal(output: str, patches: Sequence[Path]) -> PatchError | None:
@@ -128,24 +149,33 @@ def _refusal(output: str, patches: Sequence[Path]) -> PatchError | None:
     return PatchError(f"{name} does not apply: {'; '.join(causes)}")
 
 
-def apply(git: Git, patches: Sequence[Path], *options: str, onto: str = BASE) -> str:
+def apply(
+    git: Git, patches: Sequence[Path], *, in_tree: bool = False, onto: str = BASE
+) -> str:
     """Returns the commit that the patches lead to. Touches neither HEAD nor files.
 
     Raises:
         PatchError: One does not apply.
     """
     with scratch(git, onto) as worktree:
-        am(worktree, patches, *options)
+        am(worktree, patches, in_tree=in_tree)
         return worktree.commit("HEAD")
 
 
-def write(git: Git, commits: str, folder: Path, prefix: str = "") -> list[Path]:
+def write(
+    git: Git,
+    commits: str,
+    folder: Path,
+    prefix: str = "",
+    names: Sequence[str] = (),
+) -> list[Path]:
     """Writes a range of commits as patches that plain ``git am`` applies.
 
     They depend on the commits' content alone: not on settings, git's version, ids.
 
     Args:
         prefix: The path of the repository's root in upstream's.
+        names: What the patches are called, where their subjects are not.
 
     Raises:
         ForkError: Git am would not make the same commits of them.
@@ -161,8 +191,41 @@ def write(git: Git, commits: str, folder: Path, prefix: str = "") -> list[Path]:
         if done.returncode:
             raise GitError("format-patch", done)
     patches = sorted(folder.glob("*.patch"))
-    _check(git, commits, patches, f"-p{1 + prefix.count('/')}")
-    return patches
+    _check(git, commits, patches, in_tree=bool(prefix))
+    if not names:
+        return patches
+    return [
+        patch.rename(folder / file_name(number, name))
+        for number, (patch, name) in enumerate(zip(patches, names), 1)
+    ]
+
+
+def commit_again(git: Git, commit: str, tree: str, parent: str) -> str:
+    """Makes a commit of another tree, with the author and message of one that is."""
+    form = "--format=%an%x01%ae%x01%ad%x01%B"
+    told = git("show", "--no-patch", "--date=raw", form, commit)
+    name, email, date, message = told.split("\x01")
+    return git(
+        *["commit-tree", tree, "-p", parent],
+        input=message.strip() + "\n",
+        GIT_AUTHOR_NAME=name,
+        GIT_AUTHOR_EMAIL=email,
+        GIT_AUTHOR_DATE=date,
+        GIT_COMMITTER_DATE=date,
+    ).strip()
+
+
+def file_name(number: int, name: str) -> str:
+    """The file of a patch that has a name."""
+    return f"{number:04}-{name}.patch"
+
+
+def subject(patch: Path) -> str:
+    """The subject of the commit that a patch makes."""
+    text = patch.read_text("utf-8", "surrogateescape")
+    # Lines of the subject, which mail may break, up to the first header after it.
+    found = re.search(r"^Subject: \[PATCH\] (.*(?:\n .*)*)", text, re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
 
 
 def _with_carriage_returns(git: Git, commits: str) -> set[str]:
@@ -186,8 +249,30 @@ def _write_attributes(file: Path, binary: set[str]) -> None:
     file.write_text("".join(lines), "utf-8", "surrogateescape", newline="\n")
 
 
-def _check(git: Git, commits: str, patches: Sequence[Path], *options: str) -> None:
+def _check(git: Git, commits: str, patches: Sequence[Path], in_tree: bool) -> None:
     """Raises ForkError unless the patches make the same commits again."""
+    try:
+        found = unlike(git, commits, patches, in_tree)
+    except (PatchError, GitError) as error:
+        raise ForkError(f"The commits cannot be patches: {error} {ADVICE}") from None
+    if found:
+        _, commit, lost = found
+        raise ForkError(
+            f"The commit {commit} cannot be a patch, as `git am` makes another "
+            f"{' and '.join(lost) or 'series'} of it. {ADVICE}"
+        )
+
+
+def unlike(
+    git: Git, commits: str, patches: Sequence[Path], in_tree: bool
+) -> tuple[int, str, list[str]] | None:
+    """Finds the first commit of a range that the patches do not make again.
+
+    Returns its place, its id and subject, and what differs; None if there is none.
+
+    Raises:
+        PatchError: One of them does not apply to the start of the range.
+    """
     start = commits.split("..")[0]
     parts = {
         "content": "%T",
@@ -202,14 +287,10 @@ def _check(git: Git, commits: str, patches: Sequence[Path], *options: str) -> No
         return [commit.strip("\n").split("\x01") for commit in commits]
 
     ours = read(commits)
-    try:
-        theirs = read(f"{start}..{apply(git, patches, *options, onto=start)}")
-    except (PatchError, GitError) as error:
-        raise ForkError(f"The commits cannot be patches: {error} {ADVICE}") from None
-    for mine, other in zip(ours, [*theirs, *[None] * len(ours)]):
-        if other is None or mine[1:] != other[1:]:
-            lost = [p for p, a, b in zip(parts, mine[1:], (other or [])[1:]) if a != b]
-            raise ForkError(
-                f"The commit {mine[0]} cannot be a patch, as `git am` makes another "
-                f"{' and '.join(lost) or 'series'} of it. {ADVICE}"
-            )
+    end = apply(git, patches, in_tree=in_tree, onto=start)
+    theirs = read(f"{start}..{end}")
+    for place, (mine, other) in enumerate(zip_longest(ours, theirs, fillvalue=[""])):
+        if mine[1:] != other[1:]:
+            lost = [p for p, a, b in zip(parts, mine[1:], other[1:]) if a != b]
+            return place, mine[0] or other[0], lost
+    return None

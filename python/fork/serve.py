@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from fork.complete import home
 from fork.errors import ForkError
 from fork.process import say
 from fork.project import Project
@@ -98,9 +99,9 @@ def _prepare(project: Project, port: int, model: str) -> tuple[list[str], dict]:
 
 def _tiny(project: Project) -> Path:
     """The folder of the tiny random model, written by the first call."""
-    folder = project.cache / "gemma-4-tiny"
+    folder = project.cache / f"gemma-4-tiny-{project.series}"
     if not folder.is_dir():
-        factory = project.root / "benchmark" / "gemma4" / "checkpoint.py"
+        factory = home(project) / "benchmark" / "gemma4" / "checkpoint.py"
         command = [sys.executable, str(factory), str(folder), "--shape", "tiny"]
         if subprocess.run(command, stdout=sys.stderr).returncode:
             raise ForkError("The tiny checkpoint was not written; it says why above.")

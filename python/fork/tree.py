@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sysconfig
@@ -29,10 +30,12 @@ RUNNING = {
 class Tree:
     """The checked-out fork, a git repository of its own.
 
+    It is of one series at a time, and goes to another's base if asked to.
+
     What it knows of the past, in .git/fork.json: ``base``, the digest of the base.txt
-    that BASE is the commit of; ``series``, the digest of the series that SYNCED is the
-    end of, None while that is open; ``compiled``, the Pythons whose compiled modules
-    lie in it.
+    that BASE is the commit of, None while that is changed; ``series``, the digest of
+    the series that SYNCED is the end of, None while that is open; ``compiled``, the
+    Pythons whose compiled modules lie in it.
     """
 
     def __init__(self, project: Project):
@@ -71,14 +74,14 @@ class Tree:
                 self._create()
             self._resume()
             self._refuse_running()
-            state = self._state()
-            if state["base"] == self.project.base_digest():
+            ours = self.owner() == self.project
+            if ours:
                 self._add_compiled()
-            base.write_version(self.project.version, self.path)
+                base.write_version(self.project.version, self.path)
             if self._is_current():
                 return
             self._refuse_work()
-            if state["base"] != self.project.base_digest():
+            if not ours:
                 self._change_base()
             self._apply()
 
@@ -92,17 +95,52 @@ class Tree:
         with self.project.lock():
             if not self.exists():
                 raise ForkError(f"There is no {self.name} yet: run `make fork`.")
+            self._refuse_another()
             self._resume()
             self._refuse_running()
             self._refuse_unexportable()
             head = self.git.commit("HEAD")
+            names = self._names()
             with tempfile.TemporaryDirectory(dir=self.project.cache) as folder:
-                made = series.write(self.git, f"{BASE}..{head}", Path(folder), PREFIX)
+                made = series.write(
+                    self.git, f"{BASE}..{head}", Path(folder), PREFIX, names
+                )
                 self._set_state(series=None)
                 changed = replace_patches(made, self.project.folder)
             self.git("update-ref", SYNCED, head)
             self._set_state(series=self.project.series_digest())
             return changed
+
+    def edit(self, name: str) -> tuple[str, list[str]]:
+        """Checks out the series; returns the commit of a patch and the files it changes.
+
+        Raises:
+            ForkError: There is no such patch, or it is not what patches/ holds; and as
+                in checkout.
+        """
+        names = [entry.name for entry in self.project.entries]
+        if name not in names:
+            raise ForkError(
+                f"{self.project.show(self.project.settings)} names no patch "
+                f"{name or 'without a name'}, but {', '.join(names) or 'none at all'}."
+            )
+        self.checkout()
+        wanted = series.subject(self.project.patches()[names.index(name)])
+        for line in self.git.lines("log", "--format=%h %s", f"{BASE}..HEAD"):
+            commit, subject = line.split(" ", 1)
+            if subject == wanted:
+                show = ["show", "--format=", "--name-only", "--no-renames", "-z"]
+                return commit, self.git.names(*show, commit)
+        raise ForkError(
+            f'{self.name} has no commit "{wanted}" any more: `make patches` says what '
+            "is to be done about what it has."
+        )
+
+    def owner(self) -> Project | None:
+        """The series whose base it stands on, if that is in patches/."""
+        base = self._state()["base"]
+        every = (self.project, *self.project.every())
+        return next((one for one in every if one.base_digest() == base), None)
 
     def refuse_unexported(self) -> None:
         """Raises UnexportedError, with what to do, if it holds more than patches/."""
@@ -122,7 +160,8 @@ class Tree:
         partial.replace(file)
 
     def _patches_changed(self) -> bool:
-        return self._state()["series"] not in (None, self.project.series_digest())
+        now, owner = self._state()["series"], self.owner()
+        return now is not None and (not owner or now != owner.series_digest())
 
     def _is_current(self) -> bool:
         return self._state()["series"] == self.project.series_digest()
@@ -146,25 +185,42 @@ class Tree:
                     f"`{git} --abort`, and run again."
                 )
 
+    def _refuse_another(self) -> None:
+        owner = self.owner()
+        if self.project.complete():
+            raise ForkError(
+                f"The patches of {self.project.series} hold files outside {self.name} "
+                "too, which an export would drop: that series is kept as it is."
+            )
+        if owner != self.project:
+            has = f"has {owner.series}" if owner else "has the base of no series"
+            raise UnexportedError(
+                f"{self.name} {has}, not {self.project.series}: run "
+                f"`make fork SERIES={self.project.series}` first."
+            )
+
     def _refuse_work(self, to_checkout: bool = True) -> None:
         moved, files = self._has_moved(), self._files()
         if not moved and not files:
             return
-        git = f"git -C {self.name}"
+        git, owner = f"git -C {self.name}", self.owner()
+        other = owner is not None and owner != self.project
+        make = f" SERIES={owner.series}" if other else ""
         work = ["commits"] * moved + [_list(files, "uncommitted file")] * bool(files)
-        what = f"{self.name} holds work that was not exported: {' and '.join(work)}"
+        of = f" on {owner.series}" if other else ""
+        what = f"{self.name} holds work{of} that was not exported: {' and '.join(work)}"
         if moved and self._patches_changed():
             since = self.git("rev-parse", "--short", SYNCED).strip()
             raise UnexportedError(
                 f"{what}; and the series in patches/ has changed too. To have both, "
                 f"commit what is uncommitted, then `{git} branch mine`, "
-                f"`{git} reset --hard {since}`, `make fork`, "
-                f"`{git} cherry-pick {since}..mine` and `make patches`."
+                f"`{git} reset --hard {since}`, `make fork{make}`, "
+                f"`{git} cherry-pick {since}..mine` and `make patches{make}`."
             )
-        if to_checkout and not moved:
+        if to_checkout and not moved and not other:
             keep = f"`{git} stash -u`, run again, `{git} stash pop`"
         else:
-            keep = f"`{git} commit` and `make patches`" if files else "`make patches`"
+            keep = f"`{git} commit` and " * bool(files) + f"`make patches{make}`"
         raise UnexportedError(
             f"{what}. To keep it: {keep}. To throw it away: "
             f"`{git} reset --hard {SYNCED}` and `{git} clean -fd`."
@@ -206,6 +262,42 @@ class Tree:
                 f"`{git} rebase -i --autosquash {BASE}` first."
             )
 
+    def _names(self) -> list[str]:
+        """The names of the commits after BASE, if series.toml names any.
+
+        Raises:
+            UnexportedError: It does not name each of them once, in their order.
+        """
+        names = [entry.name for entry in self.project.entries]
+        subjects = self.git.lines("log", "--reverse", "--format=%s", f"{BASE}..HEAD")
+        if not names:
+            return []
+        known = {
+            series.subject(patch): name
+            for patch in self.project.patches()
+            if (name := patch.stem.partition("-")[2]) in names
+        }
+        settings = self.project.show(self.project.settings)
+        order = f"give {settings} one [[patch]] for each commit, in their order"
+        if len(names) != len(subjects):
+            new = [f'"{subject}"' for subject in subjects if subject not in known]
+            gone = [name for name in names if name not in known.values()] or [
+                name for subject, name in known.items() if subject not in subjects
+            ]
+            raise UnexportedError(
+                f"{settings} names {len(names)} patches and {self.name} has "
+                f"{len(subjects)} commits: {order}; new here: "
+                f"{', '.join(new) or 'none'}; of no commit here: "
+                f"{', '.join(gone) or 'none'}."
+            )
+        for subject, name in zip(subjects, names):
+            if known.get(subject, name) != name:
+                raise UnexportedError(
+                    f'The commit "{subject}" of {self.name} is {known[subject]}, and '
+                    f"{settings} has {name} in its place: {order}."
+                )
+        return names
+
     # Writing it
 
     def _create(self) -> None:
@@ -224,14 +316,23 @@ class Tree:
         with base.unpacked(self.project) as content:
             name = self.project.show(self.project.tree)
             say(f"Writing {name}: {base.requirement(self.project)} ...")
-            for name in base.GENERATED:
-                for file in self.path.rglob(name):
-                    file.unlink()
+            self._set_state(base=None, series=None, compiled=[])
+            self._remove_generated()
             series.commit_base(self.git, self.project, content / "sglang")
             self._copy_compiled(content / "sglang")
+            base.write_version(self.project.version, self.path)
             base_digest = self.project.base_digest()
             compiled = [sysconfig.get_config_var("SOABI")]
-            self._set_state(base=base_digest, series=None, compiled=compiled)
+            self._set_state(base=base_digest, compiled=compiled)
+
+    def _remove_generated(self) -> None:
+        """Removes what is in no commit, and the folders of nothing else: Python would
+        import those."""
+        for name in (*base.GENERATED, "*.py[co]"):
+            for file in [*self.path.rglob(name)]:
+                file.unlink()
+                with contextlib.suppress(OSError):
+                    file.parent.rmdir()
 
     def _add_compiled(self) -> None:
         compiled, this = self._state()["compiled"], sysconfig.get_config_var("SOABI")
@@ -251,7 +352,7 @@ class Tree:
         patches, digest = self.project.patches(), self.project.series_digest()
         say(f"Writing {self.name}: {len(patches)} patches ...")
         try:
-            commit = series.apply(self.git, patches, *series.IN_TREE)
+            commit = series.apply(self.git, patches, in_tree=True)
         except PatchError as error:
             self._stop_at(error, patches)
         self._switch(commit)
@@ -282,12 +383,12 @@ class Tree:
         git = f"git -C {self.name}"
         self._switch(BASE)
         try:
-            series.am(self.git, patches, "--3way", *series.IN_TREE)
+            series.am(self.git, patches, "--3way", in_tree=True)
         except PatchError:
             if not self.git.lines("diff", "--name-only", "--diff-filter=U"):
                 # Git has no common ancestor to merge with: leave what does not fit.
                 rest = self.path / ".git" / "rebase-apply" / "patch"
-                self.git.run("apply", "--reject", *series.IN_TREE, rest)
+                self.git.run("apply", "--reject", series.IN_TREE, rest)
             raise PatchError(
                 f"{error}. {self.name} stands at this patch: mend the files there "
                 f"(`{git} status`; hunks that did not fit are in *.rej files), "

@@ -1,4 +1,4 @@
-"""The series as upstream would take it: each patch with the files it adds."""
+"""The series as upstream would take it: each patch with its tests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from fork.tree import replace_patches
 
 
 @contextlib.contextmanager
-def repository(project: Project) -> Iterator[Git]:
-    """Yields a temporary repository with the base where upstream's has it."""
-    with base.unpacked(project) as content:
+def repository(project: Project, sources: bool = True) -> Iterator[Git]:
+    """Yields a temporary repository with the base where upstream's has it.
+
+    Args:
+        sources: Its compiled modules may be another Python's.
+    """
+    with base.unpacked(project, sources) as content:
         folder = content.parent / "repository"
         (folder / PREFIX).parent.mkdir(parents=True)
         (content / "sglang").rename(folder / PREFIX)
@@ -29,62 +33,78 @@ def repository(project: Project) -> Iterator[Git]:
         yield git
 
 
-def added_files(project: Project, git: Git) -> dict[str, list[str]]:
-    """Returns what the Adds: trailers of the commits after BASE name, by commit.
+def check_entries(project: Project) -> None:
+    """Checks that series.toml says all of the patches, and of what there is.
 
-    A file that several name comes with the first.
+    A series whose patches hold their tests needs to say nothing.
 
     Raises:
-        ForkError: A file that is not in the repository, or an Adds: line that is no
-            trailer.
+        ForkError: It has not one entry a patch, or names a test that cannot be.
     """
-    added = {}
-    for commit in git.lines("rev-list", "--reverse", f"{BASE}..HEAD"):
-        subject = git("show", "--no-patch", "--format=%s", commit).strip()
-        values = "--format=%(trailers:key=Adds,valueonly,unfold)"
-        paths = [p for p in git.lines("show", "--no-patch", values, commit) if p]
-        body = git.lines("show", "--no-patch", "--format=%B", commit)
-        if sum(line.startswith("Adds:") for line in body) != len(paths):
-            raise ForkError(
-                f'"{subject}" has an Adds: line outside the trailers: move it to the '
-                "last paragraph of the message, which holds nothing but trailers."
-            )
-        for path in paths:
+    settings = project.show(project.settings)
+    if not project.entries and project.complete():
+        return
+    names = [entry.name for entry in project.entries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ForkError(f"{settings} names {', '.join(twice)} more than once.")
+    expected = [series.file_name(number, name) for number, name in enumerate(names, 1)]
+    found = [patch.name for patch in project.patches()]
+    if expected != found:
+        missing = [name for name in expected if name not in found]
+        more = [name for name in found if name not in expected]
+        raise ForkError(
+            f"{settings} and {project.show(project.folder)} do not agree: it names "
+            f"{', '.join(missing) or 'nothing else'}, and there is "
+            f"{', '.join(more) or 'nothing else'}. If a file is lost, bring it back "
+            "(`git status patches`); else mend the entries, `make fork` and "
+            "`make patches`."
+        )
+    for entry in project.entries:
+        for path in entry.tests:
             inside = ".." not in PurePosixPath(path).parts and not os.path.isabs(path)
             if not inside or not (project.root / path).is_file():
                 raise ForkError(
-                    f'"{subject}" says "Adds: {path}", and the repository has no such '
-                    "file: add it, or correct the trailer."
+                    f"{settings} says that {path} tests {entry.name}, and the "
+                    "repository has no such file."
                 )
             if path.startswith(PREFIX):
                 raise ForkError(
-                    f'"{subject}" says "Adds: {path}": files of {PREFIX} are added '
-                    "by the patch itself; drop the trailer."
+                    f"{settings} says that {path} tests {entry.name}: what is in "
+                    f"{PREFIX} is in the patch itself."
                 )
-        added[commit] = paths
-    return added
+        result = f"benchmark/gemma4/results/{entry.result}.json"
+        if entry.result != "none" and not (project.root / result).is_file():
+            raise ForkError(
+                f"{settings} says that the figures of {entry.name} are from {result}, "
+                "and the repository has no such file."
+            )
 
 
 def write_upstream(project: Project) -> list[Path]:
     """Writes dist/upstream/*.patch for `git am` in upstream's repository at the tag
     of the base, and returns them."""
+    check_entries(project)
     folder = project.root / "dist" / "upstream"
+    names = [entry.name for entry in project.entries]
     with repository(project) as git:
         series.am(git, project.patches())
-        head = _with_files(project, git, added_files(project, git))
+        head = _with_tests(project, git) if names else git.commit("HEAD")
         with tempfile.TemporaryDirectory() as made:
-            patches = series.write(git, f"{BASE}..{head}", Path(made))
+            patches = series.write(git, f"{BASE}..{head}", Path(made), names=names)
             folder.mkdir(parents=True, exist_ok=True)
             replace_patches(patches, folder)
     return sorted(folder.glob("*.patch"))
 
 
-def _with_files(project: Project, git: Git, added: dict[str, list[str]]) -> str:
-    """Makes the commits once more, with their files and without their trailers."""
+def _with_tests(project: Project, git: Git) -> str:
+    """Makes the commits once more, each with its tests. A test of several comes with
+    the first."""
     git = Git(git.folder, GIT_INDEX_FILE=git.folder.parent / "index")
     parent, files = git.commit(BASE), []
-    for commit, paths in added.items():
-        for path in paths:
+    commits = git.lines("rev-list", "--reverse", f"{BASE}..HEAD")
+    for commit, entry in zip(commits, project.entries):
+        for path in entry.tests:
             source = project.root / path
             blob = git("hash-object", "-w", "--no-filters", "--", source).strip()
             mode = "100755" if os.access(source, os.X_OK) else "100644"
@@ -92,17 +112,5 @@ def _with_files(project: Project, git: Git, added: dict[str, list[str]]) -> str:
         git("read-tree", commit)
         if files:
             git("update-index", "--add", *files)
-        tree = git("write-tree").strip()
-        form = "--format=%an%x01%ae%x01%ad%x01%B"
-        told = git("show", "--no-patch", "--date=raw", form, commit)
-        name, email, date, message = told.split("\x01")
-        lines = [ln for ln in message.splitlines() if not ln.startswith("Adds:")]
-        parent = git(
-            *["commit-tree", tree, "-p", parent],
-            input="\n".join(lines).strip() + "\n",
-            GIT_AUTHOR_NAME=name,
-            GIT_AUTHOR_EMAIL=email,
-            GIT_AUTHOR_DATE=date,
-            GIT_COMMITTER_DATE=date,
-        ).strip()
+        parent = series.commit_again(git, commit, git("write-tree").strip(), parent)
     return parent

@@ -10,7 +10,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
+
+from packaging.version import Version
 
 from fork import base, series
 from fork.errors import ForkError, PatchError
@@ -18,37 +21,70 @@ from fork.process import Git, say
 from fork.project import Project
 from fork.series import BASE, PREFIX
 from fork.tree import Tree
-from fork.upstream import added_files, repository
+from fork.upstream import check_entries, repository
 
 
 def verify(project: Project) -> None:
-    """Checks the series, python/sglang against it, and each prefix of it.
+    """Checks every series of patches/, python/sglang against the one that it is of,
+    and each prefix of the one whose base this Python has.
 
     Raises:
         ForkError: What is wrong, and what to do.
     """
-    patches, release = project.patches(), base.requirement(project)
-    tree = Tree(project)
+    tree, every = Tree(project), project.every()
+    owner = None
     if tree.exists():
         tree.refuse_unexported()
+        owner = tree.owner()
+        if not owner:
+            raise ForkError(
+                f"{tree.name} has the base of no series of patches/: `make fork` "
+                "writes it anew."
+            )
+    tags = [one.version.local for one in every]
+    for one in every:
+        if tags.count(one.version.local) > 1:
+            raise ForkError(
+                f"The version of {one.series} ends like that of another series, in "
+                f"+{one.version.local}: a tag is the name of one release."
+            )
+    for one in every:
+        _verify_series(one, tree if one == owner else None)
+
+
+def _verify_series(project: Project, tree: Tree | None) -> None:
+    patches, release = project.patches(), base.requirement(project)
     _check_numbers(project, patches)
+    check_entries(project)
     with repository(project) as git:
         try:
             series.am(git, patches)
         except PatchError as error:
             raise ForkError(
-                f"{error}. `make fork` stops at it in {project.show(project.tree)}, "
-                "for it to be mended there."
+                f"{error}. `make fork SERIES={project.series}` stops at it in "
+                f"{project.show(project.tree)}, for it to be mended there."
             ) from None
         say(f"The series of {len(patches)} applies to {release} with git am.")
-        _check_bytes(project, git, "")
+        _check_bytes(project, git)
         say("An export of it is the same to the byte.")
-        added = set().union(*added_files(project, git).values())
-        say(f"The {len(added)} files that its Adds: trailers name are there.")
-        if tree.exists():
-            _check_bytes(project, tree.git, PREFIX, tree.name)
+        tests = {path for entry in project.entries for path in entry.tests}
+        say(f"The {len(tests)} tests that its series.toml names are there.")
+        if tree:
+            _check_tree(project, tree)
             say(f"{tree.name} holds nothing that was not exported.")
-        _check_prefixes(git)
+        if not is_installed(project):
+            say(f"This Python has no {release}, so the imports are not tried.")
+        elif patches:
+            _check_prefixes(git)
+
+
+def is_installed(project: Project) -> bool:
+    """Whether this Python has the release that a series is on, or the fork of it."""
+    try:
+        found = Version(metadata.version("sglang"))
+    except metadata.PackageNotFoundError:
+        return False
+    return found.public == base.requirement(project).split("==")[1]
 
 
 def _check_numbers(project: Project, patches: list[Path]) -> None:
@@ -62,24 +98,32 @@ def _check_numbers(project: Project, patches: list[Path]) -> None:
             )
 
 
-def _check_bytes(project: Project, git: Git, prefix: str, tree: str = "") -> None:
-    """Compares patches/ with an export of HEAD: of its own commits, or of a tree's."""
+def _check_bytes(project: Project, git: Git) -> None:
+    """Compares patches/ with an export of the commits that they make."""
+    names = [entry.name for entry in project.entries]
     with tempfile.TemporaryDirectory() as folder:
-        made = series.write(git, f"{BASE}..HEAD", Path(folder), prefix)
+        made = series.write(git, f"{BASE}..HEAD", Path(folder), names=names)
         expected = {patch.name: patch.read_bytes() for patch in made}
     found = {patch.name: patch.read_bytes() for patch in project.patches()}
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) == found.get(name):
-            continue
-        path = project.show(project.folder / name)
-        if tree:
+        if expected.get(name) != found.get(name):
+            path = project.show(project.folder / name)
             raise ForkError(
-                f"{path} is not what {tree} holds: `make fork` takes it from patches/ "
-                "(or `git checkout -- patches` takes patches/ back)."
+                f"{path} is not what an export writes; it was changed by hand, or "
+                "another tool wrote it: `make fork` and `make patches` write it anew."
             )
+
+
+def _check_tree(project: Project, tree: Tree) -> None:
+    """Compares patches/ with the commits of python/sglang."""
+    found = series.unlike(tree.git, f"{BASE}..HEAD", project.patches(), in_tree=True)
+    if found:
+        place, commit, lost = found
         raise ForkError(
-            f"{path} is not what an export writes; it was changed by hand, or another "
-            "tool wrote it: `make fork` and `make patches` write it anew."
+            f"Patch {place + 1} of {project.show(project.folder)} is not the commit "
+            f"{commit} of {tree.name} ({' and '.join(lost) or 'one is missing'}): "
+            "`make fork` takes it from patches/ (or `git checkout -- patches` takes "
+            "patches/ back)."
         )
 
 

@@ -1,0 +1,49 @@
+"""Where the tests of a series are, and how they are run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from fork import base, series
+from fork.process import say
+from fork.project import Project
+from fork.tree import Tree
+from fork.upstream import repository
+
+
+def home(project: Project) -> Path:
+    """Returns the folder that has python/sglang with the series, and its tests.
+
+    That is the repository. Of a series whose patches hold their tests it is a checkout
+    of all that they make, as upstream's repository would have it, in .cache/.
+    """
+    if not project.complete():
+        Tree(project).checkout()
+        return project.root
+    with project.lock():
+        folder = project.cache / "complete" / project.series
+        stamp = folder / "fork.stamp"
+        want = f"{project.series_digest()} {sysconfig.get_config_var('SOABI')}"
+        if not stamp.is_file() or stamp.read_text("utf-8") != want:
+            say(f"Writing {project.show(folder)} ...")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with repository(project, sources=False) as git:
+                series.am(git, project.patches())
+                shutil.rmtree(git.folder / ".git")
+                shutil.move(git.folder, folder)
+            base.write_version(project.version, folder / "python" / "sglang")
+            stamp.write_text(want, "utf-8")
+        return folder
+
+
+def test(project: Project, files: list[str]) -> None:
+    """Becomes pytest, of these files or of every test of the series."""
+    folder = home(project)
+    env = {**os.environ, "PYTHONPATH": str(folder / "python")}
+    os.chdir(folder)
+    os.execve(sys.executable, [sys.executable, "-m", "pytest", *(files or ["test"])], env)
