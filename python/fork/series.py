@@ -180,13 +180,13 @@ def write(
     Raises:
         ForkError: Git am would not make the same commits of them.
     """
-    names = [f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}"]
+    paths = [f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}"]
     with tempfile.TemporaryDirectory() as scratch_folder:
         # Mail has no carriage returns: such files travel as binary ones.
         attributes = Path(scratch_folder) / "attributes"
         _write_attributes(attributes, _with_carriage_returns(git, commits))
         config = {"core.attributesFile": attributes}
-        args = [*names, "--output-directory", folder, commits]
+        args = [*paths, "--output-directory", folder, commits]
         done = git.run(*FORMAT, *args, config=config)
         if done.returncode:
             raise GitError("format-patch", done)

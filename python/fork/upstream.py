@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
 from fork import base, series
@@ -51,13 +52,14 @@ def check_entries(project: Project) -> None:
     expected = [series.file_name(number, name) for number, name in enumerate(names, 1)]
     found = [patch.name for patch in project.patches()]
     if expected != found:
-        missing = [name for name in expected if name not in found]
-        more = [name for name in found if name not in expected]
+        place = next(i for i, (a, b) in enumerate(zip_longest(expected, found)) if a != b)
+        named, there = (
+            dict(enumerate(names)).get(place, "nothing") for names in (expected, found)
+        )
         raise ForkError(
-            f"{settings} and {project.show(project.folder)} do not agree: it names "
-            f"{', '.join(missing) or 'nothing else'}, and there is "
-            f"{', '.join(more) or 'nothing else'}. If a file is lost, bring it back "
-            "(`git status patches`); else mend the entries, `make fork` and "
+            f"{settings} has {named} in the place of patch {place + 1}, and "
+            f"{project.show(project.folder)} has {there}. If a file is lost, bring it "
+            "back (`git status patches`); else mend the entries, then `make fork` and "
             "`make patches`."
         )
     for entry in project.entries:

@@ -68,7 +68,8 @@ def _verify_series(project: Project, tree: Tree | None) -> None:
         _check_bytes(project, git)
         say("An export of it is the same to the byte.")
         tests = {path for entry in project.entries for path in entry.tests}
-        say(f"The {len(tests)} tests that its series.toml names are there.")
+        if tests:
+            say(f"The {len(tests)} tests that its series.toml names are there.")
         if tree:
             _check_tree(project, tree)
             say(f"{tree.name} holds nothing that was not exported.")
