@@ -17,6 +17,7 @@ PYTHON ?= $(firstword $(foreach p,python3 $(addprefix python,$(PYTHONS)),$(if $(
 PORT ?= 30000
 MODEL ?=
 PATCH ?=
+SINCE ?=
 TO ?=
 TAG ?=
 SHAPE ?= 26b-a4b
@@ -55,8 +56,8 @@ test: env ## Run every test (FILES= names some; SERIES= another series)
 	$(ENGINE) $(FORK) lint
 	$(ENGINE) $(FORK) test $(FILES)
 
-prove: env ## Prove that each patch's tests fail without it (PATCH= names one)
-	@$(ENGINE) $(FORK) prove $(PATCH)
+prove: env ## Prove that each patch's tests fail without it (PATCH= names one, SINCE= a commit)
+	@$(ENGINE) $(FORK) prove $(if $(SINCE),--since "$(SINCE)",$(PATCH))
 
 lint: env ## Check the style of our files and of the lines our patches add
 	@$(ENGINE) $(FORK) lint

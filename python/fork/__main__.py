@@ -56,6 +56,24 @@ def verify(args) -> None:
     verify(args.project)
 
 
+def prove(args) -> None:
+    """prove of each patch, or of some, that its tests fail without it"""
+    from fork.errors import ForkError
+    from fork.prove import changed, prove, table
+
+    chosen = args.patches or None
+    if args.since:
+        chosen = changed(args.project, args.since)
+    proofs = prove(args.project, chosen)
+    print(table(proofs), end="")
+    failed = [p.name for p in proofs if p.reason in ("fails", "passes")]
+    if failed:
+        raise ForkError(
+            f"{', '.join(failed)} {'is' if len(failed) == 1 else 'are'} not proved: see "
+            "dist/prove/."
+        )
+
+
 def upstream(args) -> None:
     """write dist/upstream/: each patch with its tests, for git am"""
     from fork.upstream import write_upstream
@@ -138,8 +156,8 @@ def publish(args) -> None:
     print(publish(args.project, GitHub.of_workflow()))
 
 
-COMMANDS = (base, checkout, edit, export, verify, upstream, test, lint, serve, demo)
-COMMANDS += (port, watch, rehearse, smoke, release, publish)
+COMMANDS = (base, checkout, edit, export, verify, prove, upstream, test, lint)
+COMMANDS += (serve, demo, port, watch, rehearse, smoke, release, publish)
 
 
 def parse() -> argparse.Namespace:
@@ -161,6 +179,11 @@ def parse() -> argparse.Namespace:
             )
         elif command is edit:
             added.add_argument("patch", help="its name")
+        elif command is prove:
+            added.add_argument("patches", nargs="*", help="all of them unless named")
+            added.add_argument(
+                "--since", default="", metavar="COMMIT", help="those changed since"
+            )
         elif command is test:
             added.add_argument("files", nargs="*", help="all of them unless named")
         elif command is port:

@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 from fork import base, series
 from fork.errors import ForkError, PatchError
 from fork.github import GitHub
-from fork.process import EPOCH, Git, last_line, run, run_module, say
+from fork.process import AUTHOR, EPOCH, Git, last_line, run, run_module, say
 from fork.project import Project
 from fork.series import BASE, PREFIX
 from fork.upstream import repository
@@ -142,15 +142,10 @@ def _try(git: Git, patch: Path) -> Verdict:
         told.verdict = "upstream"
         return told
     told.verdict = "conflicts"
+    dated = {**AUTHOR, "GIT_AUTHOR_DATE": f"{EPOCH} +0000"}
     git("add", "--all")  # what fits, for the patches that follow
-    git("commit", "--quiet", "--allow-empty", "--message", told.subject, **_author())
+    git("commit", "--quiet", "--allow-empty", "--message", told.subject, **dated)
     return told
-
-
-def _author() -> dict[str, str]:
-    date = f"{EPOCH} +0000"
-    who = {"GIT_AUTHOR_NAME": "SGLang fork", "GIT_AUTHOR_EMAIL": "fork@localhost"}
-    return {**who, "GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
 
 
 def _try_hunk(git: Git, hunk: Hunk) -> None:

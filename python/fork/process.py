@@ -42,6 +42,9 @@ COMMITTER = {
     "GIT_COMMITTER_NAME": "SGLang fork",
     "GIT_COMMITTER_EMAIL": "fork@localhost",
 }
+AUTHOR = {
+    name.replace("COMMITTER", "AUTHOR"): value for name, value in COMMITTER.items()
+}
 EPOCH = "946684800"  # 2000-01-01, the date of whatever must not depend on the clock
 
 

@@ -136,6 +136,13 @@ class Project:
         """
         return any(OUTSIDE.search(patch.read_bytes()) for patch in self.patches())
 
+    def called(self) -> list[str]:
+        """The names of the patches: what series.toml says, or what the files of a
+        complete series say; none else, so that git makes them of the subjects."""
+        if not self.entries and self.complete():
+            return [patch.stem.partition("-")[2] for patch in self.patches()]
+        return [entry.name for entry in self.entries]
+
     def base_digest(self) -> str:
         return hashlib.sha256(self.base.read_bytes()).hexdigest()
 

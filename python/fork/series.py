@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fork import base
 from fork.errors import ForkError, PatchError
-from fork.process import COMMITTER, EPOCH, Git, GitError
+from fork.process import AUTHOR, EPOCH, Git, GitError
 from fork.project import OUTSIDE, PREFIX, Project
 
 BASE = "refs/fork/base"
@@ -71,13 +71,12 @@ def commit_base(git: Git, project: Project, content: Path) -> str:
         excluded = [f":(exclude,glob)**/{name}" for name in base.GENERATED]
         git("add", "--force", "--", ".", *excluded)
         tree = git("write-tree").strip()
-    by = {name.replace("COMMITTER", "AUTHOR"): who for name, who in COMMITTER.items()}
     dates = {
         "GIT_AUTHOR_DATE": f"{EPOCH} +0000",
         "GIT_COMMITTER_DATE": f"{EPOCH} +0000",
     }
     message = f"{base.requirement(project)}\n\nThe release as it is, for the series.\n"
-    commit = git("commit-tree", tree, input=message, **by, **dates).strip()
+    commit = git("commit-tree", tree, input=message, **AUTHOR, **dates).strip()
     git("update-ref", BASE, commit)
     return commit
 

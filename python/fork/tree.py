@@ -328,7 +328,7 @@ class Tree:
     def _remove_generated(self) -> None:
         """Removes what is in no commit, and the folders of nothing else: Python would
         import those."""
-        for name in (*base.GENERATED, "*.py[co]"):
+        for name in ("*.py[co]", *base.GENERATED):
             for file in [*self.path.rglob(name)]:
                 file.unlink()
                 with contextlib.suppress(OSError):

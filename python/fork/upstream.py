@@ -88,12 +88,12 @@ def write_upstream(project: Project) -> list[Path]:
     of the base, and returns them."""
     check_entries(project)
     folder = project.root / "dist" / "upstream"
-    names = [entry.name for entry in project.entries]
     with repository(project) as git:
         series.am(git, project.patches())
-        head = _with_tests(project, git) if names else git.commit("HEAD")
+        head = _with_tests(project, git) if project.entries else git.commit("HEAD")
         with tempfile.TemporaryDirectory() as made:
-            patches = series.write(git, f"{BASE}..{head}", Path(made), names=names)
+            commits, names = f"{BASE}..{head}", project.called()
+            patches = series.write(git, commits, Path(made), names=names)
             folder.mkdir(parents=True, exist_ok=True)
             replace_patches(patches, folder)
     return sorted(folder.glob("*.patch"))

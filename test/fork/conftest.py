@@ -87,14 +87,34 @@ backend-path = ["."]
 
 [project]
 name = "sglang"
-version = "1.0+test.2"
+dynamic = ["version"]
 
 [tool.fork]
 series = "v1.0"
-
-[tool.fork.pins]
-Kernels = { specifier = ">=1,<2", reason = "a test" }
 """
+SERIES = """version = "1.0+test.2"
+
+[pins.Kernels]
+specifier = ">=1,<2"
+reason = "a test"
+"""
+ENTRY = """
+[[patch]]
+name = "{}"
+topic = "test"
+upstream = "none"
+tests = ["{}"]
+result = "none"
+"""
+
+
+def installed():
+    """The repository's own series that the environment of the tests is of."""
+    from fork.project import Project
+    from fork.verify import is_installed
+
+    (project,) = filter(is_installed, Project.load().every())
+    return project
 
 
 def run(*command, cwd, env, check=True, input=None):
@@ -152,6 +172,16 @@ class Repository:
         self.write(name, text)
         self.git("add", "--all")
         self.git("commit", "--quiet", "--message", message)
+
+    def describe(self, **tests) -> None:
+        """Has series.toml name these patches, with these tests."""
+        names = [(name.replace("_", "-"), test) for name, test in tests.items()]
+        entries = "".join(ENTRY.format(*entry) for entry in names)
+        (self.patches / "series.toml").write_text(SERIES + entries)
+        for test in '", "'.join(tests.values()).split('", "') if tests else ():
+            path = self.root / test
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.exists() or path.write_text("def test(): pass\n")
 
     def contents(self, folder: Path) -> dict:
         """Name to bytes and mode of each file that is not git's."""
@@ -216,6 +246,7 @@ def bare(wheels, env, tmp_path_factory) -> Repository:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     base = f"# The release.\n#   {wheel.name}\nsglang==1.0 \\\n    --hash=sha256:{digest}\n"
     (root / "patches" / "v1.0" / "base.txt").write_text(base)
+    (root / "patches" / "v1.0" / "series.toml").write_text(SERIES)
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "python" / "fork", root / "python" / "fork", ignore=ignore)
     (root / "python" / "pyproject.toml").write_text(PYPROJECT)

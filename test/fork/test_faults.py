@@ -62,6 +62,7 @@ def test_no_git(fresh, tmp_path):
 def test_a_git_that_does_not_know_its_user(repository, tmp_path):
     """Checkout, export, verify and upstream need no name; commits are the user's."""
     repository.commit("srt/model.py", "layers = 3\n", "Add a layer")
+    repository.describe(add_a_layer="test/a.py")
     repository.env = {**repository.env, "HOME": str(tmp_path), "EMAIL": ""}
     repository.env["XDG_CONFIG_HOME"] = str(tmp_path)
     repository.fork("export")

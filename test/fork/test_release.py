@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, installed, run
 from github_fake import FakeGitHub
 
 VERSION = "1.0+test.2"
@@ -19,8 +19,6 @@ Two were too few: `pytest test/srt/a.py`.
 
 - A list, of
   two lines
-
-Adds: test/srt/a.py
 """
 
 
@@ -37,8 +35,7 @@ def build_wheel(repository) -> Path:
 def with_wheel(checked_out, tmp_path_factory):
     """A fork of one patch with its wheel; not to be changed."""
     repository = checked_out.copy(tmp_path_factory.mktemp("release") / "a fork é")
-    (repository.root / "test/srt").mkdir(parents=True)
-    (repository.root / "test/srt/a.py").write_text("def test(): pass\n")
+    repository.describe(three_layers="test/srt/a.py")
     model = (repository.tree / "srt/model.py").read_text()
     model = model.replace("layers = 2", "layers = 3")
     repository.commit("srt/model.py", model, MESSAGE)
@@ -74,14 +71,14 @@ def test_what_a_release_holds(repository, tmp_path):
     upstream = repository.root / "dist/upstream"
     assert repository.contents(patches) == repository.contents(upstream)
     assert [path.name for path in upstream.iterdir()] == [
-        "0001-Have-three-layers.patch"
+        "0001-three-layers.patch"
     ]
 
     notes = (folder / "NOTES.md").read_text()
     assert "`sglang==1.0` with 1 patches" in notes
-    text = MESSAGE.split("\n\n", 1)[1].split("\n\nAdds:")[0]
+    text = MESSAGE.split("\n\n", 1)[1].strip()
     assert f"### Have three layers\n\n{text}\n" in notes
-    assert "Adds:" not in notes and "diff --git" not in notes
+    assert "diff --git" not in notes
 
     before = repository.contents(folder)
     repository.fork("release")
@@ -187,7 +184,7 @@ def test_the_series_on_upstreams_tag(repository, tmp_path):
 
     other = upstreams(repository, tmp_path / "near", change("layers = 2"))
     refusal = repository.refusal(*call(other))
-    assert "0001-Have-three-layers.patch does not apply: python/sglang" in refusal
+    assert "0001-three-layers.patch does not apply: python/sglang" in refusal
     other = upstreams(repository, tmp_path / "far", change("line_0 = 0"))
     assert "srt/model.py is another in" in repository.refusal(*call(other))
     assert "could not be cloned at v1.0" in repository.refusal(*call(tmp_path / "no"))
@@ -202,6 +199,8 @@ def free_port() -> str:
 
 def test_the_real_wheel_serves_installed_alone(tmp_path):
     """The repository's own series, with the dependencies that the tests have."""
+    series = installed().series
+    built = {"series": series}
     for name in ("python/fork", "patches", "benchmark/gemma4"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
@@ -211,8 +210,8 @@ def test_the_real_wheel_serves_installed_alone(tmp_path):
     (tmp_path / "dist/release").symlink_to(tmp_path)
     for command in (
         # The hook that `make wheel` has pip call.
-        ["-c", f"import fork.build as b; b.build_wheel({str(tmp_path)!r})"],
-        ["-m", "fork", "smoke", "--port", free_port()]
+        ["-c", f"import fork.build as b; b.build_wheel({str(tmp_path)!r}, {built})"],
+        ["-m", "fork", "--series", series, "smoke", "--port", free_port()]
         + ["--dependencies", sysconfig.get_path("purelib")],
     ):
         done = subprocess.run(

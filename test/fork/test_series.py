@@ -211,8 +211,6 @@ def test_a_patch_is_this_with_any_settings_and_any_git(checked_out, tmp_path):
     message = """[Gemma4] Zähle größer, in a subject that is longer than a line of mail
 
 Why — it is.
-
-Adds: test/srt/a.py
 """
     plain = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
     for who in ("AUTHOR", "COMMITTER"):

@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from conftest import ROOT, installed
 
 
 def start(*args: str, mark: str = "", cwd: Path = ROOT) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fork", *args]
+    command = [sys.executable, "-m", "fork", "--series", installed().series, *args]
     env = {**os.environ, "FORK_TEST_MARK": mark}
     pipe = subprocess.PIPE
     return subprocess.Popen(

@@ -7,23 +7,23 @@ from test_series import tracked
 TEST = "test/srt/a test é.py"
 
 
-def test_upstream_takes_the_series_with_its_files(repository, tmp_path):
+def test_upstream_takes_the_series_with_its_tests(repository, tmp_path):
     (repository.root / "test/srt").mkdir(parents=True)
     (repository.root / TEST).write_bytes(b"def test(): pass\r\n")
     script = repository.root / "benchmark.sh"
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
-    trailer = "Adds: benchmark.sh"
-    repository.commit("srt/new.py", "1\n", f"[Gemma4] Add new\n\nWhy.\n\n{trailer}")
+    repository.commit("srt/new.py", "1\n", "[Gemma4] Add new\n\nWhy.")
     repository.git("mv", "srt/crlf.py", "srt/moved.py")
-    trailers = f"Signed-off-by: Someone <s@e.com>\nAdds: {TEST}\nAdds: benchmark.sh"
-    repository.commit("srt/new.py", "2\n", f"Change new\n\nWhy.\n\n{trailers}")
+    signed = "Signed-off-by: Someone <s@e.com>"
+    repository.commit("srt/new.py", "2\n", f"Change new\n\nWhy.\n\n{signed}")
+    repository.describe(add_new="benchmark.sh", change_new=f'{TEST}", "benchmark.sh')
     repository.fork("export")
 
     names = repository.fork("upstream").splitlines()
     assert names == [
-        "dist/upstream/0001-Gemma4-Add-new.patch",
-        "dist/upstream/0002-Change-new.patch",
+        "dist/upstream/0001-add-new.patch",
+        "dist/upstream/0002-change-new.patch",
     ]
     written = repository.contents(repository.root / "dist")
     repository.fork("upstream")
@@ -54,16 +54,18 @@ def test_upstream_takes_the_series_with_its_files(repository, tmp_path):
     upstream.pop("_version.py")
     assert upstream == tracked(repository)
     message = repository.git("log", "-1", "--format=%B", cwd=plain)
-    assert message.strip() == "Change new\n\nWhy.\n\nSigned-off-by: Someone <s@e.com>"
+    assert message.strip() == f"Change new\n\nWhy.\n\n{signed}"
 
 
 def test_what_is_no_longer_in_the_series_is_removed(repository):
     repository.commit("srt/new.py", "1\n", "Add new")
+    repository.describe(add_new="test/a.py")
     repository.fork("export")
     repository.fork("upstream")
     note = repository.root / "dist/upstream/note.txt"
     note.write_text("mine\n")
     repository.git("reset", "--quiet", "--hard", "HEAD~1")
+    repository.describe()
     repository.fork("export")
     assert repository.fork("upstream") == ""
     assert [path.name for path in note.parent.iterdir()] == ["note.txt"]

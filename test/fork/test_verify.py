@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 
+TEST = "test/srt/test_two.py"
+
 
 @pytest.fixture(scope="module")
 def whole(checked_out, tmp_path_factory):
@@ -14,12 +16,13 @@ def whole(checked_out, tmp_path_factory):
     for name in ("torch", "triton", "transformers"):
         (root / f"{name}.py").write_text("raise ImportError\n")
     repository.env = {**repository.env, "PYTHONPATH": str(root)}
+    # And with the release that the series is on.
+    (root / "sglang-1.0.dist-info").mkdir()
+    (root / "sglang-1.0.dist-info/METADATA").write_text("Name: sglang\nVersion: 1.0\n")
     for number in (1, 2, 3):
         text = f"from sglang.srt.model import layers\nnumber = {number}\n"
-        trailer = "\n\nAdds: test/srt/test_two.py" if number == 2 else ""
-        repository.commit("srt/new.py", text, f"[Gemma4] Count to {number}{trailer}")
-    (repository.root / "test/srt").mkdir(parents=True)
-    (repository.root / "test/srt/test_two.py").write_text("def test_two(): pass\n")
+        repository.commit("srt/new.py", text, f"[Gemma4] Count to {number}")
+    repository.describe(one="test/srt/test_one.py", two=TEST, three=TEST)
     repository.fork("export")
     return repository
 
@@ -31,6 +34,12 @@ def repository(whole, tmp_path):
 
 def patch(repository, number: int):
     return next(repository.patches.glob(f"000{number}-*.patch"))
+
+
+def export(repository, count: int) -> None:
+    names = ("one", "two", "three", "four", "five")[:count]
+    repository.describe(**dict.fromkeys(names, TEST))
+    repository.fork("export")
 
 
 def test_a_series_as_it_should_be(repository):
@@ -62,7 +71,7 @@ def test_a_line_changed_so_that_it_does_not_apply(repository):
     path.write_text(path.read_text().replace("-number = 1\n", "-number = one\n"))
     refusal = repository.refusal("verify")
     assert f"{path.name} does not apply: python/sglang/srt/new.py, the hunk" in refusal
-    assert "`make fork` stops at it" in refusal
+    assert "`make fork SERIES=v1.0` stops at it" in refusal
 
 
 def test_a_message_changed_by_hand(repository):
@@ -80,10 +89,14 @@ def test_a_patch_missing_before_another(repository, number):
 
 
 def test_the_last_patch_missing(repository):
-    name = patch(repository, 3).name
     patch(repository, 3).unlink()
     refusal = repository.refusal("verify")
-    assert f"{name} is not what python/sglang holds" in refusal
+    assert "has 0003-three.patch in the place of patch 3" in refusal
+    assert "patches/v1.0 has nothing" in refusal and "git status patches" in refusal
+    repository.describe(one=TEST, two=TEST)
+    refusal = repository.refusal("verify")
+    assert "Patch 3 of patches/v1.0 is not the commit" in refusal
+    assert "Count to 3 of python/sglang (one is missing)" in refusal
     assert "git checkout -- patches" in refusal
 
 
@@ -95,7 +108,7 @@ def test_a_file_not_exported(repository):
     repository.git("add", "--all")
     repository.git("commit", "--quiet", "--message=Add what was forgotten")
     assert "commits. To keep it: `make patches`." in repository.refusal("verify")
-    repository.fork("export")
+    export(repository, 4)
     repository.fork("verify")
 
 
@@ -104,32 +117,59 @@ def test_a_commit_dropped_and_not_exported(repository):
     assert "To keep it: `make patches`." in repository.refusal("verify")
 
 
-def test_an_added_file_that_is_missing(repository):
-    (repository.root / "test/srt/test_two.py").unlink()
+@pytest.mark.parametrize(
+    ("test", "reason"),
+    [
+        ("test/srt/missing.py", "no such file"),
+        ("../outside.py", "no such file"),
+        ("/etc/hosts", "no such file"),
+        ("test/srt", "no such file"),
+        ("python/sglang/srt/model.py", "in the patch itself"),
+    ],
+)
+def test_a_test_that_cannot_be(repository, test, reason):
+    (repository.root.parent / "outside.py").write_text("")
+    settings = repository.patches / "series.toml"
+    settings.write_text(settings.read_text().replace("test/srt/test_one.py", test))
     refusal = repository.refusal("verify")
-    assert '"[Gemma4] Count to 2" says "Adds: test/srt/test_two.py"' in refusal
+    assert f"series.toml says that {test} tests one" in refusal and reason in refusal
 
 
 @pytest.mark.parametrize(
-    ("trailer", "reason"),
+    ("old", "new", "reason"),
     [
-        ("Adds: ../outside.py", "no such file"),
-        ("Adds: /etc/hosts", "no such file"),
-        ("Adds: test/srt", "no such file"),
-        ("Adds: python/sglang/srt/model.py", "by the patch itself"),
-        (
-            "Adds: test/srt/test_two.py\n\nNot the last paragraph.",
-            "outside the trailers",
-        ),
+        ('name = "two"', 'name = "one"', "names one more than once"),
+        ('name = "two"', 'name = "Two!"', "Two! is no name"),
+        ('name = "two"', 'name = "other"', "has 0002-other.patch in the place of"),
+        ('topic = "test"\n', "", "missing 1 required positional argument: 'topic'"),
+        ('topic = "test"\n', 'topic = ""\n', "an empty or missing string"),
+        ('topic = "test"\n', 'topics = ["a"]\n', "unexpected keyword argument"),
+        ('version = "1.0+test.2"', "", "KeyError('version')"),
+        ('version = "1.0+test.2"', 'version = "?"', "Invalid version: '?'"),
+        ('version = "1.0+test.2"', "version =", "TOMLDecodeError"),
+        ('result = "none"', 'result = "of-h200"', "results/of-h200.json"),
     ],
 )
-def test_an_adds_trailer_that_cannot_be(repository, trailer, reason):
-    (repository.root.parent / "outside.py").write_text("")
-    repository.git(
-        "commit", "--quiet", "--amend", f"--message=Count\n\nWhy.\n\n{trailer}"
-    )
-    repository.fork("export")
-    assert reason in repository.refusal("verify")
+def test_a_series_toml_that_cannot_be_right(repository, old, new, reason):
+    settings = repository.patches / "series.toml"
+    text = settings.read_text()
+    settings.write_text(text.replace(old, new))
+    assert text != settings.read_text()
+    refusal = repository.refusal("verify")
+    assert "patches/v1.0/series.toml" in refusal and reason in refusal
+
+
+def test_the_imports_need_the_release(repository, tmp_path):
+    """An environment without the engine, or with another release's, proves the rest."""
+    info = tmp_path / "sglang-1.0.dist-info"
+    info.mkdir()
+    path = f"{tmp_path}:{repository.env['PYTHONPATH']}"
+    for version, last in (
+        ("1.0+test.1", "3/3: 1 modules import."),
+        ("1.0.1", "This Python has no sglang==1.0, so the imports are not tried."),
+    ):
+        (info / "METADATA").write_text(f"Name: sglang\nVersion: {version}\n")
+        assert repository.fork("verify", PYTHONPATH=path).splitlines()[-1] == last
 
 
 @pytest.mark.parametrize(
@@ -145,7 +185,7 @@ def test_a_prefix_that_is_broken_though_the_series_is_not(repository, text, reas
     good = (repository.tree / "srt/new.py").read_text()
     repository.commit("srt/new.py", text, "Break it")
     repository.commit("srt/new.py", good, "Mend it")
-    repository.fork("export")
+    export(repository, 5)
     refusal = repository.refusal("verify")
     assert 'With the first 4 patches, up to "Break it"' in refusal and reason in refusal
 
@@ -155,14 +195,14 @@ def test_two_prefixes_of_one_size_in_one_second(repository):
     repository.commit("srt/new.py", "import os  #\n", "Import os")
     repository.commit("srt/new.py", "import no_os\n", "Import what is not there")
     assert len("import os  #") == len("import no_os")
-    repository.fork("export")
+    export(repository, 5)
     assert "No module named 'no_os'" in repository.refusal("verify")
 
 
 def test_a_module_that_fails_in_the_base_too_is_compiled_only(repository):
     """One that needs a GPU, say, where there is none."""
     repository.commit("srt/gpu.py", "import no_such_gpu  # or this\n", "Say so")
-    repository.fork("export")
+    export(repository, 4)
     said = repository.fork("verify").splitlines()
     assert said[-2] == "4/4: 1 modules import."
     assert said[-1].startswith("Only byte-compiled, as the base fails here too:")
@@ -170,13 +210,13 @@ def test_a_module_that_fails_in_the_base_too_is_compiled_only(repository):
         "sglang.srt.gpu (ModuleNotFoundError: No module named 'no_such_gpu')."
     )
     repository.commit("srt/gpu.py", "def (:\n", "Break it")
-    repository.fork("export")
+    export(repository, 5)
     assert "srt/gpu.py does not compile" in repository.refusal("verify")
 
 
 def test_a_module_that_a_patch_makes_importable_has_to_stay_so(repository):
     repository.commit("srt/gpu.py", "x = 1\n", "Need no GPU")
     repository.commit("srt/gpu.py", "import no_such_gpu\n", "Need one again")
-    repository.fork("export")
+    export(repository, 5)
     refusal = repository.refusal("verify")
     assert 'up to "Need one again", sglang.srt.gpu cannot be imported' in refusal
