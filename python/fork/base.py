@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 import re
 import sys
@@ -69,33 +70,40 @@ def fetch(project: Project, sources: bool = False) -> Path:
     Raises:
         ForkError: No wheel for this Python, no network, or not the pinned content.
     """
+    tags = _tags(project)
+    ours = not sources or not tags.isdisjoint(sys_tags())
+    if ours:
+        check_python(project)
+    cache = project.cache / "base"
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in wheels(project):
+        path = cache / name
+        fits = sources or not parse_wheel_filename(name)[3].isdisjoint(sys_tags())
+        if fits and path.is_file() and _sha256(path) in project.base.read_text("utf-8"):
+            return path
     target = []
-    if sources and _tags(project).isdisjoint(sys_tags()):
+    if not ours:
         tag = min(parse_wheel_filename(wheels(project)[0])[3], key=str)
         version = re.sub(r"^\D+(\d)", r"\1.", tag.interpreter)
         target += ["--implementation", "cp", "--python-version", version]
         target += ["--abi", tag.abi, "--platform", tag.platform]
-    else:
-        check_python(project)
-    cache = project.cache / "base"
-    cache.mkdir(parents=True, exist_ok=True)
-    cached = ["--no-index", "--find-links", str(cache)]
     with tempfile.TemporaryDirectory(dir=cache) as fresh:
-        for source in (cached, ["--retries", "2"]):
-            if source is not cached:
-                say(f"Fetching {requirement(project)} ...")
-            # pip checks the hashes, of the cached wheel too.
-            done = run(
-                [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-                + ["download", "--no-input", "--progress-bar", "off", "--no-deps"]
-                + ["--require-hashes", "--only-binary", ":all:", "--dest", fresh]
-                + [*target, *source, "--requirement", str(project.base)],
-                cwd=cache,
-            )
-            if not done.returncode:
-                (wheel,) = Path(fresh).glob("*.whl")
-                return wheel.replace(cache / wheel.name)
-    raise ForkError(_explain(project, done))
+        say(f"Fetching {requirement(project)} ...")
+        done = run(
+            [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+            + ["download", "--no-input", "--progress-bar", "off", "--no-deps"]
+            + ["--require-hashes", "--only-binary", ":all:", "--dest", fresh]
+            + [*target, "--retries", "2", "--requirement", str(project.base)],
+            cwd=cache,
+        )
+        if done.returncode:
+            raise ForkError(_explain(project, done))
+        (wheel,) = Path(fresh).glob("*.whl")
+        return wheel.replace(cache / wheel.name)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _explain(project: Project, done) -> str:

@@ -46,4 +46,6 @@ def test(project: Project, files: list[str]) -> None:
     folder = home(project)
     env = {**os.environ, "PYTHONPATH": str(folder / "python")}
     os.chdir(folder)
-    os.execve(sys.executable, [sys.executable, "-m", "pytest", *(files or ["test"])], env)
+    os.execve(
+        sys.executable, [sys.executable, "-m", "pytest", *(files or ["test"])], env
+    )

@@ -109,7 +109,9 @@ class Engine(Environment):
         self.series = series
         self.patches = ROOT / "patches" / series
         if not (self.patches / "base.txt").is_file():
-            names = sorted(p.parent.name for p in self.patches.parent.glob("*/base.txt"))
+            names = sorted(
+                p.parent.name for p in self.patches.parent.glob("*/base.txt")
+            )
             fail(
                 f"there is no {self.patches / 'base.txt'}; SERIES= is one of "
                 f"{', '.join(names)}."

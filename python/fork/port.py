@@ -224,9 +224,12 @@ def report(project: Project, version: Version, verdicts: list[Verdict]) -> str:
         "| patch | |",
         "| --- | --- |",
     ]
+    titles = {}
     for told in verdicts:
-        number = told.name.split("-")[0]
-        lines.append(f"| {number} {told.subject} | {VERDICTS[told.verdict][0]} |")
+        number, _, name = Path(told.name).stem.partition("-")
+        known = name in [entry.name for entry in project.entries]
+        titles[told.name] = f"{f'`{name}`:' if known else number} {told.subject}"
+        lines.append(f"| {titles[told.name]} | {VERDICTS[told.verdict][0]} |")
     for told in verdicts:
         if told.verdict != "conflicts":
             continue
@@ -236,7 +239,7 @@ def report(project: Project, version: Version, verdicts: list[Verdict]) -> str:
             kept += f" and {states.count('upstream')} are upstream already"
         lines += [
             "",
-            f"## {told.name.split('-')[0]} {told.subject}",
+            f"## {titles[told.name]}",
             "",
             f"{kept}.",
             "",

@@ -136,7 +136,7 @@ class Project:
         """
         return any(OUTSIDE.search(patch.read_bytes()) for patch in self.patches())
 
-    def called(self) -> list[str]:
+    def patch_names(self) -> list[str]:
         """The names of the patches: what series.toml says, or what the files of a
         complete series say; none else, so that git makes them of the subjects."""
         if not self.entries and self.complete():

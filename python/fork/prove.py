@@ -214,7 +214,10 @@ def _run(project: Project, git: Git, entry: Patch, log: Path, place: str) -> Out
 
 def table(proofs: list[Proof]) -> str:
     """What was proved, in Markdown."""
-    lines = ["| patch | pass with it | fail without it | |", "| --- | ---: | ---: | --- |"]
+    lines = [
+        "| patch | pass with it | fail without it | |",
+        "| --- | ---: | ---: | --- |",
+    ]
     for proof in proofs:
         notes = [REASONS[proof.reason]] if proof.reason else []
         notes += [f"{proof.with_it.failed} fail with it"] * bool(proof.with_it.failed)

@@ -96,9 +96,7 @@ def scratch(git: Git, commit: str) -> Iterator[Git]:
             git("worktree", "remove", "--force", "--force", worktree.folder)
 
 
-def am(
-    git: Git, patches: Sequence[Path], *options: str, in_tree: bool = False
-) -> None:
+def am(git: Git, patches: Sequence[Path], *options: str, in_tree: bool = False) -> None:
     """Commits the patches on HEAD.
 
     Args:

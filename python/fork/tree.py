@@ -118,14 +118,14 @@ class Tree:
             ForkError: There is no such patch, or it is not what patches/ holds; and as
                 in checkout.
         """
-        names = [entry.name for entry in self.project.entries]
-        if name not in names:
+        named = {p.stem.partition("-")[2]: p for p in self.project.patches()}
+        if name not in named:
             raise ForkError(
-                f"{self.project.show(self.project.settings)} names no patch "
-                f"{name or 'without a name'}, but {', '.join(names) or 'none at all'}."
+                f"{self.project.show(self.project.folder)} has no patch of the name "
+                f"{name!r}, but {', '.join(named) or 'none at all'}."
             )
         self.checkout()
-        wanted = series.subject(self.project.patches()[names.index(name)])
+        wanted = series.subject(named[name])
         for line in self.git.lines("log", "--format=%h %s", f"{BASE}..HEAD"):
             commit, subject = line.split(" ", 1)
             if subject == wanted:

@@ -52,7 +52,9 @@ def check_entries(project: Project) -> None:
     expected = [series.file_name(number, name) for number, name in enumerate(names, 1)]
     found = [patch.name for patch in project.patches()]
     if expected != found:
-        place = next(i for i, (a, b) in enumerate(zip_longest(expected, found)) if a != b)
+        place = next(
+            i for i, (a, b) in enumerate(zip_longest(expected, found)) if a != b
+        )
         named, there = (
             dict(enumerate(names)).get(place, "nothing") for names in (expected, found)
         )
@@ -92,7 +94,7 @@ def write_upstream(project: Project) -> list[Path]:
         series.am(git, project.patches())
         head = _with_tests(project, git) if project.entries else git.commit("HEAD")
         with tempfile.TemporaryDirectory() as made:
-            commits, names = f"{BASE}..{head}", project.called()
+            commits, names = f"{BASE}..{head}", project.patch_names()
             patches = series.write(git, commits, Path(made), names=names)
             folder.mkdir(parents=True, exist_ok=True)
             replace_patches(patches, folder)

@@ -102,7 +102,7 @@ def _check_numbers(project: Project, patches: list[Path]) -> None:
 def _check_bytes(project: Project, git: Git) -> None:
     """Compares patches/ with an export of the commits that they make."""
     with tempfile.TemporaryDirectory() as folder:
-        names = project.called()
+        names = project.patch_names()
         made = series.write(git, f"{BASE}..HEAD", Path(folder), names=names)
         expected = {patch.name: patch.read_bytes() for patch in made}
     found = {patch.name: patch.read_bytes() for patch in project.patches()}

@@ -293,7 +293,9 @@ def test_the_real_wheel(tmp_path):
         for key in ("Requires-Python", "Provides-Extra"):
             assert metadata[base].get_all(key) == metadata[fork].get_all(key)
         requires = [set(metadata[it].get_all("Requires-Dist")) for it in (base, fork)]
-        changed = {canonicalize_name(Requirement(r).name) for r in requires[0] ^ requires[1]}
+        changed = {
+            canonicalize_name(Requirement(r).name) for r in requires[0] ^ requires[1]
+        }
         assert changed == {canonicalize_name(name) for name in project.pins}
         (scripts,) = (n for n in base.namelist() if n.endswith("/entry_points.txt"))
         (renamed,) = (n for n in fork.namelist() if n.endswith("/entry_points.txt"))

@@ -59,6 +59,8 @@ def forked(checked_out, tmp_path_factory):
     change["_20"] = "line_20 = 'ours, once more'\n"
     repository.write("srt/new.py", "new = 1\n")
     repository.commit("srt/model.py", model(**change).decode(), "Change one again")
+    names = ("three", "twelve", "two", "again")
+    repository.describe(**dict.fromkeys(names, "test/a.py"))
     repository.fork("export")
     return repository
 
@@ -67,8 +69,11 @@ def told(forked, env, *args) -> str:
     return forked.fork("port", *args, **env)
 
 
-def test_the_same_release(forked):
+def test_the_same_release(forked, tmp_path):
     assert "4 patches: 4 apply.\n" in told(forked, {}, "--to", "1.0")
+    other = forked.copy(tmp_path / "unnamed")
+    other.describe()
+    assert "| 0001 Change line 3 | applies |" in told(other, {}, "--to", "1.0")
 
 
 def test_what_upstream_did_meanwhile(forked, index):
@@ -80,8 +85,9 @@ def test_what_upstream_did_meanwhile(forked, index):
     report = told(forked, index(**{"model.py": model(**theirs)}))
     assert "# The series of sglang==1.0 on 1.1\n" in report
     assert "4 patches: 1 is upstream already, 3 conflict.\n" in report
-    assert "| 0001 Change line 3 | is upstream already |" in report
+    assert "| `three`: Change line 3 | is upstream already |" in report
     second, third, fourth = report.split("\n## ")[1:]
+    assert second.startswith("`twelve`: Change line 12\n")
     place = "python/sglang/srt/model.py:10"
     assert place in second and "has no `line_13 = 13` any more" in second
     assert "Of 2 hunks 1 fit." in third
@@ -95,7 +101,7 @@ def test_a_three_way_merge(forked, index):
     """Lines above were added, and one in the patch's context was changed."""
     newer = b"added = 1\n" * 5 + model(_9="line_9 = 'theirs'\n", _25="x = 1\n")
     report = told(forked, index(**{"model.py": newer}))
-    assert "| 0002 Change line 12 | applies by a three-way merge |" in report
+    assert "| `twelve`: Change line 12 | applies by a three-way merge |" in report
     assert "0 conflict" not in report
 
 
@@ -108,7 +114,7 @@ def test_a_file_that_moved(forked, index):
 def test_upstream_did_the_same_in_another_place(forked, index):
     newer = model(_12="x = 1\ny = 2\nline_12 = 'ours'\nz = 3\n", _11="", _13="")
     report = told(forked, index(**{"model.py": newer}))
-    assert "| 0002 Change line 12 | is upstream already |" in report
+    assert "| `twelve`: Change line 12 | is upstream already |" in report
 
 
 def test_a_new_file_that_upstream_has_too(forked, index):
@@ -153,9 +159,9 @@ def test_one_issue_is_kept_up_to_date(forked, index, wheels):
         assert "says so already" in forked.fork("watch", **newer, **env)
         issue = fake.issues[1]
         assert issue["title"] == "SGLang 1.1 is out, and the series is at 1.0"
-        assert "| 0001 Change line 3 | is upstream already |" in issue["body"]
+        assert "| `three`: Change line 3 | is upstream already |" in issue["body"]
         assert "Updated #2 for 1.1." in forked.fork("watch", **other, **env)
-        assert "| 0002 Change line 12 | conflicts |" in issue["body"]
+        assert "| `twelve`: Change line 12 | conflicts |" in issue["body"]
         issue["state"] = "closed"
         assert "was closed for 1.1" in forked.fork("watch", **newer, **env)
         assert issue["state"] == "closed"

@@ -70,9 +70,7 @@ def test_what_a_release_holds(repository, tmp_path):
     (patches,) = tmp_path.glob("sglang-v1.0-*")
     upstream = repository.root / "dist/upstream"
     assert repository.contents(patches) == repository.contents(upstream)
-    assert [path.name for path in upstream.iterdir()] == [
-        "0001-three-layers.patch"
-    ]
+    assert [path.name for path in upstream.iterdir()] == ["0001-three-layers.patch"]
 
     notes = (folder / "NOTES.md").read_text()
     assert "`sglang==1.0` with 1 patches" in notes

@@ -34,7 +34,10 @@ FORK = f'-m fork --series "{SERIES}"'
 TESTED = {
     "gate": ("-m fork.gate", "test_gate.test_the_workflows_calls"),
     "gate-starts": ("-m fork.gate starts", "test_gate.test_the_workflows_calls"),
-    "test": (f"{FORK} test", "test_bases.test_the_tests_of_a_complete_series_are_its_own"),
+    "test": (
+        f"{FORK} test",
+        "test_bases.test_the_tests_of_a_complete_series_are_its_own",
+    ),
     "prove": (f"{FORK} prove", "test_prove.test_each_patch_is_proved"),
     "rehearse": (
         f'{FORK} rehearse --repository "https://github.com/sgl-project/sglang"',
