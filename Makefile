@@ -69,8 +69,8 @@ patches: tools ## Export the commits of python/sglang to patches/
 verify: $(if $(wildcard .venvs/$(SERIES)/fork.stamp),env,tools) ## Prove that patches/ is exactly what python/sglang holds, and applies
 	@cd python && $(if $(wildcard .venvs/$(SERIES)/fork.stamp),$(ENGINE),"$(CURDIR)/$(TOOLS)") $(FORK) verify
 
-upstream: tools ## Write dist/upstream/: each patch with its tests, for git am upstream
-	@$(COMMANDS) upstream
+upstream: tools ## Write dist/upstream/: each patch with its tests, for git am upstream (PATCH= one alone)
+	@$(COMMANDS) upstream $(PATCH)
 
 rehearse: tools ## Apply dist/upstream/ to SGLang's own repository at the tag (UPSTREAM=)
 	@$(COMMANDS) rehearse --repository "$(UPSTREAM)"

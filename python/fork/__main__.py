@@ -75,10 +75,11 @@ def prove(args) -> None:
 
 
 def upstream(args) -> None:
-    """write dist/upstream/: each patch with its tests, for git am"""
-    from fork.upstream import write_upstream
+    """write dist/upstream/: each patch with its tests, for git am; or one alone"""
+    from fork.upstream import write_one, write_upstream
 
-    for patch in write_upstream(args.project):
+    one = [write_one(args.project, args.patch)] if args.patch else []
+    for patch in one or write_upstream(args.project):
         print(args.project.show(patch))
 
 
@@ -179,6 +180,8 @@ def parse() -> argparse.Namespace:
             )
         elif command is edit:
             added.add_argument("patch", help="its name")
+        elif command is upstream:
+            added.add_argument("patch", nargs="?", help="dist/alone/ with this one")
         elif command is prove:
             added.add_argument("patches", nargs="*", help="all of them unless named")
             added.add_argument(

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from packaging.tags import Tag, sys_tags
@@ -34,6 +35,27 @@ def requirement(project: Project) -> str:
         if line.strip() and not line.startswith("#"):
             return line.split()[0]
     raise ForkError(f"{project.show(project.base)} names no release.")
+
+
+def is_installed(project: Project) -> bool:
+    """Whether this Python has the release that a series is on, or the fork of it."""
+    try:
+        found = Version(metadata.version("sglang"))
+    except metadata.PackageNotFoundError:
+        return False
+    return found.public == requirement(project).split("==")[1]
+
+
+def installed() -> Project:
+    """The series that the environment of this Python is for.
+
+    Raises:
+        ForkError: It is for none.
+    """
+    for project in Project.load().every():
+        if is_installed(project):
+            return project
+    raise ForkError(f"{sys.executable} has no release of patches/: run `make env`.")
 
 
 def wheels(project: Project) -> list[str]:

@@ -55,11 +55,7 @@ def build_wheel(directory, config_settings=None, metadata_directory=None) -> str
     project = _project(config_settings)
     with base.unpacked(project) as content:
         package = content / "sglang"
-        git = series.init(package)
-        series.commit_base(git, project, package)
-        git("reset", "--quiet", series.BASE)
-        series.am(git, project.patches(), in_tree=True)
-        shutil.rmtree(package / ".git")
+        series.patch_package(project, project.patches(), package)
         base.write_version(project.version, package)
         _write_metadata(project, content)
         return _pack(content, directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -20,7 +21,7 @@ BASE = "refs/fork/base"
 # ids everywhere. Mail's rule that [brackets] before a subject are dropped is for
 # "[PATCH 1/2]", not for the "[Gemma4]" of upstream's titles.
 AM = ["am", "--quiet", "--committer-date-is-author-date", "--keep-non-patch"]
-IN_TREE = "-p3"  # a/python/sglang/srt/… is srt/… in python/sglang
+IN_TREE = ["-p3"]  # a/python/sglang/srt/… is srt/… in python/sglang
 
 FORMAT = [
     *["format-patch", "--quiet", "--patch", "--no-stat", "--no-numbered"],
@@ -110,12 +111,25 @@ def am(git: Git, patches: Sequence[Path], *options: str, in_tree: bool = False) 
         return
     with tempfile.TemporaryDirectory() as folder:
         if in_tree:
-            options = (*options, IN_TREE)
+            options = (*options, *IN_TREE)
             patches = [_of_tree(patch, Path(folder)) for patch in patches]
         try:
             git(*AM, *options, "--", *patches)
         except GitError as error:
             raise _refusal(error.output, patches) or error from None
+
+
+def patch_package(project: Project, patches: Sequence[Path], package: Path) -> None:
+    """Applies patches to the package sglang of an unpacked base.
+
+    Raises:
+        PatchError: One does not apply.
+    """
+    git = init(package)
+    commit_base(git, project, package)
+    git("reset", "--quiet", BASE)
+    am(git, patches, in_tree=True)
+    shutil.rmtree(package / ".git")
 
 
 def _of_tree(patch: Path, folder: Path) -> Path:

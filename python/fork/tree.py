@@ -388,7 +388,7 @@ class Tree:
             if not self.git.lines("diff", "--name-only", "--diff-filter=U"):
                 # Git has no common ancestor to merge with: leave what does not fit.
                 rest = self.path / ".git" / "rebase-apply" / "patch"
-                self.git.run("apply", "--reject", series.IN_TREE, rest)
+                self.git.run("apply", "--reject", *series.IN_TREE, rest)
             raise PatchError(
                 f"{error}. {self.name} stands at this patch: mend the files there "
                 f"(`{git} status`; hunks that did not fit are in *.rej files), "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from fork import base, series
 from fork.errors import ForkError
 from fork.process import Git
-from fork.project import Project
+from fork.project import Patch, Project
 from fork.series import BASE, PREFIX
 from fork.tree import replace_patches
 
@@ -92,7 +93,10 @@ def write_upstream(project: Project) -> list[Path]:
     folder = project.root / "dist" / "upstream"
     with repository(project) as git:
         series.am(git, project.patches())
-        head = _with_tests(project, git) if project.entries else git.commit("HEAD")
+        head = git.commit("HEAD")
+        if project.entries:
+            commits = git.lines("rev-list", "--reverse", f"{BASE}..HEAD")
+            head = _add_tests(project, git, dict(zip(commits, project.entries)))
         with tempfile.TemporaryDirectory() as made:
             commits, names = f"{BASE}..{head}", project.patch_names()
             patches = series.write(git, commits, Path(made), names=names)
@@ -101,13 +105,47 @@ def write_upstream(project: Project) -> list[Path]:
     return sorted(folder.glob("*.patch"))
 
 
-def _with_tests(project: Project, git: Git) -> str:
-    """Makes the commits once more, each with its tests. A test of several comes with
-    the first."""
+def write_one(project: Project, name: str) -> Path:
+    """Writes dist/alone/NAME.patch, one patch with its tests for `git am` at the tag of
+    the base without the others, and returns it.
+
+    Raises:
+        ForkError: There is no such patch, or it needs others.
+    """
+    check_entries(project)
+    names = [entry.name for entry in project.entries]
+    if name not in names:
+        raise ForkError(
+            f"{project.show(project.settings)} names no patch {name!r}, but "
+            f"{', '.join(names) or 'none at all'}."
+        )
+    folder = project.root / "dist" / "alone"
+    with repository(project) as git:
+        series.am(git, project.patches())
+        commits = git.lines("rev-list", "--reverse", f"{BASE}..HEAD")
+        commit = commits[names.index(name)]
+        git("checkout", "--quiet", "--detach", BASE)
+        if git.run("cherry-pick", commit).returncode:
+            files = git.names("diff", "--name-only", "--diff-filter=U", "-z")
+            raise ForkError(
+                f"{name} needs patches before it, as git cannot put it on "
+                f"{base.requirement(project)} alone; see {', '.join(files)}."
+            )
+        head = _add_tests(
+            project, git, {git.commit("HEAD"): project.entries[names.index(name)]}
+        )
+        with tempfile.TemporaryDirectory() as made:
+            (patch,) = series.write(git, f"{BASE}..{head}", Path(made), names=[name])
+            folder.mkdir(parents=True, exist_ok=True)
+            return shutil.move(patch, folder / f"{name}.patch")
+
+
+def _add_tests(project: Project, git: Git, commits: dict[str, Patch]) -> str:
+    """Makes the commits of these patches once more, each with its tests. A test of
+    several comes with the first. Returns the last commit."""
     git = Git(git.folder, GIT_INDEX_FILE=git.folder.parent / "index")
     parent, files = git.commit(BASE), []
-    commits = git.lines("rev-list", "--reverse", f"{BASE}..HEAD")
-    for commit, entry in zip(commits, project.entries):
+    for commit, entry in commits.items():
         for path in entry.tests:
             source = project.root / path
             blob = git("hash-object", "-w", "--no-filters", "--", source).strip()

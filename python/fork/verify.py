@@ -10,10 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
-
-from packaging.version import Version
 
 from fork import base, series
 from fork.errors import ForkError, PatchError
@@ -73,19 +70,10 @@ def _verify_series(project: Project, tree: Tree | None) -> None:
         if tree:
             _check_tree(project, tree)
             say(f"{tree.name} holds nothing that was not exported.")
-        if not is_installed(project):
+        if not base.is_installed(project):
             say(f"This Python has no {release}, so the imports are not tried.")
         elif patches:
             _check_prefixes(git)
-
-
-def is_installed(project: Project) -> bool:
-    """Whether this Python has the release that a series is on, or the fork of it."""
-    try:
-        found = Version(metadata.version("sglang"))
-    except metadata.PackageNotFoundError:
-        return False
-    return found.public == base.requirement(project).split("==")[1]
 
 
 def _check_numbers(project: Project, patches: list[Path]) -> None:

@@ -108,15 +108,6 @@ result = "none"
 """
 
 
-def installed():
-    """The repository's own series that the environment of the tests is of."""
-    from fork.project import Project
-    from fork.verify import is_installed
-
-    (project,) = filter(is_installed, Project.load().every())
-    return project
-
-
 def run(*command, cwd, env, check=True, input=None):
     done = subprocess.run(
         [str(part) for part in command],

@@ -14,11 +14,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import FILES, ROOT, installed, run
+from conftest import FILES, ROOT, run
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fork.base import fetch
+from fork.base import fetch, installed
 
 VERSION = "1.0+test.2"
 LAYERS = "import sglang; print(sglang.layers)"

@@ -9,8 +9,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, installed, run
+from conftest import ROOT, run
 from github_fake import FakeGitHub
+
+from fork.base import installed
 
 VERSION = "1.0+test.2"
 MESSAGE = """Have three layers

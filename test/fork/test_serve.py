@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, installed
+from conftest import ROOT
+
+from fork.base import installed
 
 
 def start(*args: str, mark: str = "", cwd: Path = ROOT) -> subprocess.Popen:

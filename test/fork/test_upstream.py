@@ -69,3 +69,38 @@ def test_what_is_no_longer_in_the_series_is_removed(repository):
     repository.fork("export")
     assert repository.fork("upstream") == ""
     assert [path.name for path in note.parent.iterdir()] == ["note.txt"]
+
+
+def test_one_patch_alone(repository, tmp_path):
+    """On the release itself, with a test that another patch has as well."""
+    text = (repository.tree / "srt/model.py").read_text()
+    new = text.replace("line_3 = 3", "line_3 = 33")
+    repository.commit("srt/model.py", new, "Change line 3")
+    repository.commit(
+        "srt/model.py", new.replace("layers = 2", "layers = 3"), "Have three layers"
+    )
+    repository.commit("srt/model.py", text.replace("line_3 = 3", "line_3 = 4"), "Again")
+    tests = {"line": TEST, "layers": TEST, "again": TEST}
+    repository.describe(**tests)
+    repository.fork("export")
+    repository.fork("upstream")
+    assert repository.fork("upstream", "layers") == "dist/alone/layers.patch\n"
+    assert len([*(repository.root / "dist/upstream").iterdir()]) == 3
+
+    repository.git("checkout", "--quiet", "refs/fork/base")
+    plain = tmp_path / "upstream"
+    shutil.copytree(repository.tree, plain / "python/sglang")
+    shutil.rmtree(plain / "python/sglang/.git")
+    repository.git("init", "--quiet", cwd=plain)
+    repository.git("config", "core.autocrlf", "false", cwd=plain)
+    repository.git("add", "--all", cwd=plain)
+    repository.git("commit", "--quiet", "--message=Upstream", cwd=plain)
+    patch = repository.root / "dist/alone/layers.patch"
+    repository.git("am", "--quiet", patch, cwd=plain)
+    assert "line_3 = 3\n" in (plain / "python/sglang/srt/model.py").read_text()
+    assert "layers = 3\n" in (plain / "python/sglang/srt/model.py").read_text()
+    assert (plain / TEST).read_text() == (repository.root / TEST).read_text()
+
+    refusal = repository.refusal("upstream", "again")
+    assert "again needs patches before it" in refusal and "srt/model.py" in refusal
+    assert "names no patch '0001', but line" in repository.refusal("upstream", "0001")
