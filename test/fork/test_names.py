@@ -33,9 +33,9 @@ def test_files_have_the_names(repository):
     repository.describe(one=TEST, two=TEST, three=TEST)
     said = repository.fork("export").splitlines()
     assert said == [
-        "Wrote patches/v1.0/0002-two.patch",
         "Removed patches/v1.0/0002-number-two.patch",
-    ] or said == [*reversed(said)]
+        "Wrote patches/v1.0/0002-two.patch",
+    ]
     assert patch_names(repository) == [names[0], "0002-two.patch", names[2]]
 
 
