@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import signal
 import sys
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def prove(args) -> None:
     from fork.errors import ForkError
     from fork.prove import changed, prove, table
 
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: sys.exit(1))  # ends the tests on its way
     chosen = args.patches or None
     if args.since:
         chosen = changed(args.project, args.since)

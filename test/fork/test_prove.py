@@ -1,5 +1,11 @@
 """`make prove`: a patch is proved by tests that pass with it and fail without it."""
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from fork import prove
@@ -139,6 +145,27 @@ def test_a_run_without_the_patch_that_does_not_end_well(
     (proof,) = prove.prove(Project.load(python=repository.python), ["layers"])
     assert proof.with_it.passed == 1 and proof.without.failed == 1
     assert not proof.reason
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_tests_too(repository, signum):
+    started = repository.root / "started"
+    test = "import pathlib, os, time\n\n\ndef test():\n"
+    test += f"    pathlib.Path({str(started)!r}).write_text(str(os.getpid()))\n"
+    (repository.root / LAYERS).write_text(f"{test}    time.sleep(600)\n")
+    command = [sys.executable, "-m", "fork", "prove", "layers"]
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(
+        command, cwd=repository.python, env=repository.env, stdout=pipe, stderr=pipe
+    )
+    deadline = time.monotonic() + 120
+    while not (started.exists() and started.read_text()):
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signum)
+    running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert not Path("/proc", started.read_text()).exists()
 
 
 def test_a_python_that_imports_another_sglang_proves_nothing(
