@@ -16,13 +16,12 @@ from fork.upstream import repository
 
 
 def home(project: Project) -> Path:
-    """Returns the folder that has python/sglang with the series, and its tests.
+    """Returns the folder that has the tests of a series, and what they need.
 
     That is the repository. Of a series whose patches hold their tests it is a checkout
     of all that they make, as upstream's repository would have it, in .cache/.
     """
     if not project.complete():
-        Tree(project).checkout()
         return project.root
     with project.lock():
         folder = project.cache / "complete" / project.series
@@ -43,6 +42,8 @@ def home(project: Project) -> Path:
 
 def test(project: Project, files: list[str]) -> None:
     """Becomes pytest, of these files or of every test of the series."""
+    if not project.complete():
+        Tree(project).checkout()
     folder = home(project)
     env = {**os.environ, "PYTHONPATH": str(folder / "python")}
     os.chdir(folder)

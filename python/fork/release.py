@@ -19,6 +19,7 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from fork import base
 from fork.build import _anonymous, build_sdist
+from fork.complete import home
 from fork.errors import ForkError
 from fork.github import GitHub
 from fork.process import last_line, run, say
@@ -209,6 +210,7 @@ def smoke(project: Project, port: int, dependencies: Path | None = None) -> None
             raise ForkError(
                 f"{fitting[0].name} cannot be installed: {last_line(done)}."
             )
+        home(project)  # the environment has not what writes it
         # Of the repository, the commands alone: python/ may hold a checked-out sglang.
         commands = environment / "commands"
         commands.mkdir()

@@ -11,6 +11,9 @@ from conftest import FILES, SERIES, Repository, run
 from test_faults import kill_at, killing_git  # noqa: F401, the fixture
 from test_series import log, tracked
 
+from fork.complete import home
+from fork.project import Project
+
 # The newer release has another compiled module, and lacks a package of the older one.
 NEWER = {
     name.replace("sglang-1.0.", "sglang-2.0."): data.replace(
@@ -215,6 +218,17 @@ def test_the_tests_of_a_complete_series_are_its_own(repository):
     patch.write_text(patch.read_text().replace("LAYERS = 9", "LAYERS = 8"))
     said = repository.fork("--series", "v1.0", "test", check=False)
     assert "Writing .cache/complete/v1.0" in said and "1 failed" in said
+
+
+def test_what_a_series_has_in_its_own_folder(repository):
+    """Its programs too: what serves it takes the checkpoint's from there."""
+    for name, folder in (("v2.0", "."), ("v1.0", ".cache/complete/v1.0")):
+        project = Project.load(name, repository.python)
+        shutil.rmtree(repository.tree, ignore_errors=True)
+        assert home(project) == repository.root / folder
+        assert not repository.tree.exists()
+    tool = repository.root / ".cache/complete/v1.0/benchmark/tool.py"
+    assert tool.read_text() == "LAYERS = 9\n"
 
 
 def test_plain_git_applies_a_complete_series(repository, tmp_path):
