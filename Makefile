@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .ONESHELL:
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
+# Else each of the servers that tests start compiles the engine anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help env tools fork edit serve demo test prove lint patches verify upstream
 .PHONY: rehearse bench nightly port watch wheel smoke release publish gate gate-starts clean
 

@@ -220,6 +220,21 @@ def test_the_tests_of_a_complete_series_are_its_own(repository):
     assert "Writing .cache/complete/v1.0" in said and "1 failed" in said
 
 
+def test_files_of_the_engine_are_run_alone(repository):
+    """What one does to its process is not another's; a failure of one is the whole's."""
+    folder = repository.root / "test/srt"
+    folder.mkdir(parents=True)
+    content = "import sys\n\nassert not hasattr(sys, 'mine')\nsys.mine = 1\n\n\n"
+    for name in ("one", "two"):
+        text = f"{content}def test_{name}():\n    pass\n"
+        (folder / f"test_{name}.py").write_text(text)
+    (folder.parent / "test_of_all.py").write_text("def test_of_all():\n    pass\n")
+    said = repository.fork("--series", "v2.0", "test")
+    assert said.count("1 passed") == 3
+    (folder / "test_two.py").write_text("def test_two():\n    assert False\n")
+    assert "test/srt/test_two.py" in repository.refusal("--series", "v2.0", "test")
+
+
 def test_what_a_series_has_in_its_own_folder(repository):
     """Its programs too: what serves it takes the checkpoint's from there."""
     for name, folder in (("v2.0", "."), ("v1.0", ".cache/complete/v1.0")):
