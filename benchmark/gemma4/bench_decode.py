@@ -1,6 +1,6 @@
 """Time the small kernels and the attention of a Gemma 4 decode step beside the base's.
 
-    pip install --no-deps --target DIR sglang==0.5.12.post1
+    pip install --no-deps --target DIR sglang==0.5.23
     python benchmark/gemma4/bench_decode.py --name decode-h200 --base DIR
 
 DIR holds the release that this series applies to; its kernels are read from their files,
@@ -41,8 +41,8 @@ LAYERS = {"sliding": (256, 8), "full": (512, 2)}
 TOKENS = (1, 8, 80, 320, 1024, 8192)
 REQUESTS = (1, 2, 4, 8, 16, 32, 80)
 LENGTHS = (100, 1500, 8500)
-OPS = "sglang/srt/layers/gemma4_fused_ops.py"
-DECODE = "sglang/srt/layers/attention/triton_ops/decode_attention.py"
+OPS = "sglang/kernels/ops/layernorm/gemma4_fused_ops.py"
+DECODE = "sglang/kernels/ops/attention/decode_attention.py"
 
 
 def _load(site: Path, file: str, name: str) -> ModuleType:
@@ -76,7 +76,9 @@ class QKV:
     """The q/k/v norm and the rotary embedding of one layer."""
 
     def __init__(self, base: ModuleType, fork: ModuleType, layer: str, tokens: int):
-        from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
+        from sglang.kernels.ops.attention.rope import (
+            apply_rope_with_cos_sin_cache_inplace,
+        )
 
         self.base, self.fork = base, fork
         self.rope = apply_rope_with_cos_sin_cache_inplace
@@ -270,7 +272,7 @@ class Attention:
 
     def splits(self, most: int) -> torch.Tensor:
         """As many as the backend gives them: it looks at the full layers' heads."""
-        from sglang.srt.layers.attention.triton_backend import get_num_kv_splits_triton
+        from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
 
         lengths = torch.full((self.requests,), self.length, device="cuda")
         found = torch.empty(self.requests, dtype=torch.int32, device="cuda")
@@ -360,8 +362,8 @@ def main() -> None:
     )
     if not torch.cuda.is_available():
         parser.exit(1, "no GPU: these kernels are timed on one\n")
-    import sglang.srt.layers.attention.triton_ops.decode_attention as fork_decode
-    import sglang.srt.layers.gemma4_fused_ops as fork_ops
+    import sglang.kernels.ops.attention.decode_attention as fork_decode
+    import sglang.kernels.ops.layernorm.gemma4_fused_ops as fork_ops
 
     flash = fa4.load(args.fa4) if args.fa4 else None
     torch.manual_seed(0)

@@ -15,7 +15,6 @@ what must not get slower.
 import argparse
 import hashlib
 import importlib.util
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fa4  # noqa: E402
 from results import FOLDER, Results, tables  # noqa: E402
 
-FILE = "sglang/srt/layers/attention/triton_ops/extend_attention.py"
-NEWER = "sglang/kernels/ops/attention/extend_attention.py"
+FILE = "sglang/kernels/ops/attention/extend_attention.py"
 TARGET_MS = 20  # a sample repeats its call until it takes this long
 
 # Name: query heads, KV heads, head size, value head size, window (-1: none)
@@ -63,16 +61,6 @@ HEADS_BATCHES = {
 def _load(name: str, folder: Path) -> tuple:
     """(module, SHA-256) of a tree's kernels; what they import comes from this Python."""
     path = folder / FILE
-    if (folder / NEWER).exists():
-        import sglang
-        from sglang.srt import utils
-
-        path = folder / NEWER
-        # But for what only a newer tree has, and other vendors' GPUs.
-        sglang.__path__.append(str(folder / "sglang"))
-        for gpu in re.findall(r"is_\w+_supported", path.read_text()):
-            if not hasattr(utils, gpu):
-                setattr(utils, gpu, lambda: False)
     if not path.exists():
         raise SystemExit(f"{path} does not exist: give the folder that holds sglang/")
     spec = importlib.util.spec_from_file_location(f"extend_{len(sys.modules)}", path)

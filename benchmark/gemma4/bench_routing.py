@@ -42,7 +42,7 @@ DTYPES = {
     "float32": torch.float32,
 }
 LAUNCHES = 50
-OURS = "sglang/srt/layers/gemma4_fused_ops.py"
+OURS = "sglang/kernels/ops/moe/gemma4_routing.py"
 
 # The distribution, its file, the function's name and how it is called.
 PEERS = {
@@ -65,7 +65,7 @@ def _empty_kernel(pointer):
 
 
 def _torch_routing(logits, scale, topk):
-    """The base's chain: `Gemma4MoE.routing_function` of SGLang 0.5.12.post1."""
+    """The chain of torch operations that the fused kernels stand for."""
     topk_logits, topk_ids = torch.topk(logits, k=topk, dim=-1)
     topk_weights = torch.nn.functional.softmax(topk_logits, dim=-1)
     topk_weights = topk_weights * scale[topk_ids].to(topk_weights.dtype)
@@ -81,7 +81,7 @@ def _load_ours(path: Optional[Path]) -> tuple:
         path = checkout if checkout.exists() else installed
     if not path.exists():
         raise SystemExit(f"{path} does not exist: run `make fork`, or give --kernel")
-    spec = importlib.util.spec_from_file_location("gemma4_fused_ops", path)
+    spec = importlib.util.spec_from_file_location("gemma4_routing", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "gemma4_fused_routing"):

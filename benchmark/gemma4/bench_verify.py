@@ -47,7 +47,7 @@ CASES = [
 MIXED = [65536, 30000] + [100 * i for i in range(1, 79)]
 # So many bytes of KV do not fit an L2 cache.
 COLD_BYTES = 3 * 10**8
-OPS = "srt/layers/attention/triton_ops"
+OPS = "kernels/ops/attention"
 CHECKOUT = Path(__file__).parents[2] / "python" / "sglang"
 
 

@@ -2,16 +2,20 @@
 
     python benchmark/gemma4/checkpoint.py OUT --shape tiny
     python benchmark/gemma4/checkpoint.py OUT --shape 26b-a4b --assistant
-    python benchmark/gemma4/checkpoint.py OUT --shape 31b --no-weights
+    python benchmark/gemma4/checkpoint.py OUT --shape e2b --no-weights
 
 The folder holds what a released one holds: config, generation config, tokenizer,
 chat template, processor, and sharded safetensors with an index. Names and shapes of
 the weights are those of transformers' own model classes, built on the meta device.
 
+26b-a4b, 31b, e2b, e4b and 12b have the sizes of the released models. `tiny` and
+tiny-… are small models of the same kinds: `tiny` of 26b-a4b, the others of their names.
+
 Each weight is drawn from a generator seeded by the seed and the weight's name, so a
 weight's values depend neither on the order of drawing nor on the other weights. The
 large shapes are drawn on the GPU when there is one, and a GPU's generator gives other
-numbers than a CPU's; `tiny` is always drawn on the CPU and is the same everywhere.
+numbers than a CPU's; the tiny ones are always drawn on the CPU and are the same
+everywhere.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -41,7 +46,9 @@ DTYPES = {
 }
 RECIPE_FILE = "checkpoint.json"
 # Raised whenever the same arguments begin to give another folder.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
+CONFIG_FORMATS = ("flat", "per-layer")
+CLIP_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 MAX_SHARD_BYTES = 2 * 10**9
 # Tokenizer, processor and configs of a large shape come to about 25 MB.
 OTHER_FILES_BYTES = 40 * 10**6
@@ -124,8 +131,9 @@ class CheckpointError(Exception):
 class Shape:
     """Sizes of one model and of the MTP draft model that goes with it.
 
-    `text`, `vision` and `draft` are arguments of transformers' Gemma 4 configs.
-    `soft_tokens` is the largest number of tokens an image takes.
+    `text`, `vision`, `audio` and `draft` are arguments of transformers' configs, and
+    `draft_head` those of the draft's own, beside its text config. `soft_tokens` is the
+    largest number of tokens an image takes.
     """
 
     text: dict
@@ -133,12 +141,27 @@ class Shape:
     draft: dict
     multimodal_ids: dict
     soft_tokens: int
+    audio: Optional[dict] = None
+    draft_head: dict = dataclasses.field(default_factory=dict)
 
-    # Weights of the released shapes are N(0, 0.02) and ones; those of the tiny one
+    # Gemma 4 Unified: the same text model, and no towers before it.
+    unified: bool = False
+
+    # Weights of the released shapes are N(0, 0.02) and ones; those of the tiny ones
     # are made for tests that compare logits (see _fill_tiny).
     tiny: bool = False
 
+    def transformers_class(self, name: str):
+        """The class that transformers calls Gemma4… or Gemma4Unified…."""
+        import transformers
 
+        return getattr(transformers, f"Gemma4{'Unified' if self.unified else ''}{name}")
+
+
+# Sizes of the released models are those of transformers' conversion scripts,
+# convert_gemma4_weights.py and convert_gemma4_unified_weights.py, with the defaults of
+# the config classes where those say nothing. The drafts' are from the config.json of
+# the released google/gemma-4-…-it-assistant; the unified one's from the script.
 RELEASED_IDS = {
     "boi_token_id": 255999,
     "boa_token_id": 256000,
@@ -156,6 +179,16 @@ RELEASED_TEXT = {
     "sliding_window": 1024,
     "max_position_embeddings": 262144,
 }
+RELEASED_SMALL_TEXT = {
+    **RELEASED_TEXT,
+    "num_attention_heads": 8,
+    "num_global_key_value_heads": None,
+    "hidden_size_per_layer_input": 256,
+    "attention_k_eq_v": False,
+    "use_bidirectional_attention": None,
+    "sliding_window": 512,
+    "max_position_embeddings": 131072,
+}
 RELEASED_VISION = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -166,44 +199,157 @@ RELEASED_VISION = {
     "global_head_dim": 72,
     "standardize": True,
 }
+RELEASED_SMALL_VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "global_head_dim": 64,
+    "use_clipped_linears": True,
+}
 RELEASED_DRAFT = {"hidden_size": 1024, "intermediate_size": 8192}
+RELEASED_SMALL_DRAFT = {
+    "hidden_size": 256,
+    "intermediate_size": 2048,
+    "num_attention_heads": 4,
+}
+RELEASED_SMALL_DRAFT_HEAD = {
+    "use_ordered_embeddings": True,
+    "num_centroids": 2048,
+    "centroid_intermediate_top_k": 32,
+}
+# Keys of the other members that a released unified config states and no model reads.
+UNIFIED_UNUSED = {
+    "vocab_size_per_layer_input": 0,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": False,
+    "num_experts": None,
+    "top_k_experts": None,
+    "moe_intermediate_size": None,
+}
+
+TINY_IDS = {name: 2048 - 8 + i for i, name in enumerate(RELEASED_IDS)}
+TINY_TEXT = {
+    "vocab_size": 2048,
+    "vocab_size_per_layer_input": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 32,
+    "max_position_embeddings": 8192,
+    # Logits are small (see _fill_tiny), and the cap must still bend them.
+    "final_logit_softcapping": 1.0,
+}
+TINY_SMALL_TEXT = {
+    **TINY_TEXT,
+    "num_global_key_value_heads": None,
+    "hidden_size_per_layer_input": 16,
+    "attention_k_eq_v": False,
+    "use_bidirectional_attention": None,
+}
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "position_embedding_size": 640,
+    "standardize": True,
+}
+TINY_SMALL_VISION = {
+    **TINY_VISION,
+    "standardize": False,
+    "use_clipped_linears": True,
+}
+TINY_AUDIO = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    # transformers takes the first for the number of mel bins, too.
+    "subsampling_conv_channels": [128, 4],
+    "output_proj_dims": 48,
+}
+TINY_DRAFT = {"hidden_size": 64, "intermediate_size": 128}
+TINY_SMALL_DRAFT_HEAD = {
+    "use_ordered_embeddings": True,
+    "num_centroids": 64,
+    "centroid_intermediate_top_k": 8,
+}
+
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 SHAPES = {
     "tiny": Shape(
         text={
-            "vocab_size": 2048,
-            "vocab_size_per_layer_input": 2048,
-            "hidden_size": 128,
-            "intermediate_size": 96,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_global_key_value_heads": 1,
-            "head_dim": 32,
-            "global_head_dim": 64,
-            "sliding_window": 32,
-            "max_position_embeddings": 8192,
+            **TINY_TEXT,
             "enable_moe_block": True,
             "num_experts": 16,
             "top_k_experts": 4,
             "moe_intermediate_size": 32,
-            # Logits are small (see _fill_tiny), and the cap must still bend them.
-            "final_logit_softcapping": 1.0,
         },
-        vision={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "global_head_dim": 16,
-            "position_embedding_size": 640,
-            "standardize": True,
-        },
-        draft={"hidden_size": 64, "intermediate_size": 128},
-        multimodal_ids={name: 2048 - 8 + i for i, name in enumerate(RELEASED_IDS)},
+        vision=TINY_VISION,
+        draft=TINY_DRAFT,
+        multimodal_ids=TINY_IDS,
         soft_tokens=70,
+        tiny=True,
+    ),
+    "tiny-31b": Shape(
+        text={
+            **TINY_TEXT,
+            "intermediate_size": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+        vision=TINY_VISION,
+        draft=TINY_DRAFT,
+        multimodal_ids=TINY_IDS,
+        soft_tokens=70,
+        tiny=True,
+    ),
+    "tiny-e2b": Shape(
+        text={
+            **TINY_SMALL_TEXT,
+            "num_hidden_layers": 10,
+            "layer_types": ([SLIDING] * 4 + [FULL]) * 2,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 5,
+            "use_double_wide_mlp": True,
+        },
+        vision=TINY_SMALL_VISION,
+        audio=TINY_AUDIO,
+        draft={**TINY_DRAFT, "num_attention_heads": 2},
+        draft_head=TINY_SMALL_DRAFT_HEAD,
+        multimodal_ids=TINY_IDS,
+        soft_tokens=70,
+        tiny=True,
+    ),
+    "tiny-e4b": Shape(
+        text={**TINY_SMALL_TEXT, "num_kv_shared_layers": 6},
+        vision=TINY_SMALL_VISION,
+        audio=TINY_AUDIO,
+        draft={**TINY_DRAFT, "num_attention_heads": 2},
+        draft_head=TINY_SMALL_DRAFT_HEAD,
+        multimodal_ids=TINY_IDS,
+        soft_tokens=70,
+        tiny=True,
+    ),
+    "tiny-12b": Shape(
+        text={**TINY_TEXT, "intermediate_size": 256},
+        vision={"mm_embed_dim": 128, "output_proj_dims": 128},
+        audio={},
+        draft=TINY_DRAFT,
+        multimodal_ids=TINY_IDS,
+        soft_tokens=70,
+        unified=True,
         tiny=True,
     ),
     "26b-a4b": Shape(
@@ -240,6 +386,57 @@ SHAPES = {
         multimodal_ids=RELEASED_IDS,
         soft_tokens=280,
     ),
+    "e2b": Shape(
+        text={
+            **RELEASED_SMALL_TEXT,
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 35,
+            "layer_types": ([SLIDING] * 4 + [FULL]) * 7,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True,
+        },
+        vision=RELEASED_SMALL_VISION,
+        audio={},
+        draft=RELEASED_SMALL_DRAFT,
+        draft_head=RELEASED_SMALL_DRAFT_HEAD,
+        multimodal_ids=RELEASED_IDS,
+        soft_tokens=280,
+    ),
+    "e4b": Shape(
+        text={
+            **RELEASED_SMALL_TEXT,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 42,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 18,
+        },
+        vision=RELEASED_SMALL_VISION,
+        audio={},
+        draft=RELEASED_SMALL_DRAFT,
+        draft_head=RELEASED_SMALL_DRAFT_HEAD,
+        multimodal_ids=RELEASED_IDS,
+        soft_tokens=280,
+    ),
+    "12b": Shape(
+        text={
+            **RELEASED_TEXT,
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 1,
+        },
+        vision={},
+        audio={},
+        draft=RELEASED_DRAFT,
+        multimodal_ids=RELEASED_IDS,
+        soft_tokens=280,
+        unified=True,
+    ),
 }
 
 
@@ -247,86 +444,95 @@ SHAPES = {
 
 
 def _text_config(shape: Shape, **overrides):
-    from transformers import Gemma4TextConfig
-
-    return Gemma4TextConfig(
-        **{
-            "attention_k_eq_v": True,
-            "final_logit_softcapping": 30.0,
-            "hidden_size_per_layer_input": 0,
-            "use_bidirectional_attention": "vision",
-            **shape.text,
-            **overrides,
-        }
-    )
+    arguments = {
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 30.0,
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+        **shape.text,
+        **overrides,
+    }
+    if shape.unified:
+        arguments = {k: v for k, v in arguments.items() if k not in UNIFIED_UNUSED}
+    return shape.transformers_class("TextConfig")(**arguments)
 
 
 def _target_config(shape: Shape, text_only: bool, dtype: str):
-    from transformers import Gemma4Config, Gemma4VisionConfig
-
     text = _text_config(shape, dtype=dtype)
     if text_only:
         text.use_bidirectional_attention = None
-        text.architectures = ["Gemma4ForCausalLM"]
+        text.architectures = [shape.transformers_class("ForCausalLM").__name__]
         text.eos_token_id = [EOS, TURN_END, TOOL_RESPONSE]
         return text
-    ids = shape.multimodal_ids
-    return Gemma4Config(
-        architectures=["Gemma4ForConditionalGeneration"],
+    ids = dict(shape.multimodal_ids)
+    # transformers calls it eoa_token_index, other readers eoa_token_id.
+    ids["eoa_token_index"] = ids["eoa_token_id"]
+    vision, extra = dict(shape.vision), {}
+    if shape.unified:
+        del ids["eoa_token_id"]
+    else:
+        vision["default_output_length"] = shape.soft_tokens
+        extra["vision_soft_tokens_per_image"] = shape.soft_tokens
+    return shape.transformers_class("Config")(
+        architectures=[shape.transformers_class("ForConditionalGeneration").__name__],
         text_config=text,
-        vision_config=Gemma4VisionConfig(
-            **shape.vision,
-            default_output_length=shape.soft_tokens,
-            dtype=dtype,
+        vision_config=shape.transformers_class("VisionConfig")(**vision, dtype=dtype),
+        audio_config=(
+            None
+            if shape.audio is None
+            else shape.transformers_class("AudioConfig")(**shape.audio, dtype=dtype)
         ),
-        audio_config=None,
         dtype=dtype,
         bos_token_id=BOS,
         eos_token_id=[EOS, TURN_END, TOOL_RESPONSE],
         pad_token_id=PAD,
-        vision_soft_tokens_per_image=shape.soft_tokens,
-        # transformers calls it eoa_token_index, other readers eoa_token_id.
-        eoa_token_index=ids["eoa_token_id"],
+        **extra,
         **ids,
     )
 
 
-def _draft_config(shape: Shape, dtype: str) -> dict:
-    """The config of Gemma4AssistantForCausalLM, for which transformers 5.6 has no class.
+def _draft_config(shape: Shape, dtype: str):
+    """The config of the draft model.
 
     The draft reads the keys and values of the target's last sliding and last full
     layer, so its attention has the target's geometry.
     """
     text = _text_config(
         shape,
-        **shape.draft,
-        num_hidden_layers=4,
-        num_kv_shared_layers=4,
-        layer_types=["sliding_attention"] * 3 + ["full_attention"],
-        final_logit_softcapping=None,
-        use_bidirectional_attention=None,
-        # Newer releases of transformers refuse any other size.
-        vocab_size_per_layer_input=0,
-        enable_moe_block=False,
-        num_experts=None,
-        top_k_experts=None,
-        moe_intermediate_size=None,
-        dtype=dtype,
+        **{
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 4,
+            "layer_types": [SLIDING] * 3 + [FULL],
+            "final_logit_softcapping": None,
+            "use_bidirectional_attention": None,
+            "use_double_wide_mlp": False,
+            **UNIFIED_UNUSED,
+            **shape.draft,
+            "dtype": dtype,
+        },
     )
-    return {
-        "architectures": ["Gemma4AssistantForCausalLM"],
-        "model_type": "gemma4_assistant",
-        "dtype": dtype,
-        "text_config": text.to_dict(),
-        "backbone_hidden_size": shape.text["hidden_size"],
-        "use_ordered_embeddings": False,
-        "num_centroids": 2048,
-        "centroid_intermediate_top_k": 32,
-        "tie_word_embeddings": True,
-        "bos_token_id": BOS,
-        "eos_token_id": [EOS, TURN_END, TOOL_RESPONSE],
-        "pad_token_id": PAD,
-    }
+    return shape.transformers_class("AssistantConfig")(
+        architectures=[shape.transformers_class("AssistantForCausalLM").__name__],
+        dtype=dtype,
+        text_config=text,
+        backbone_hidden_size=shape.text["hidden_size"],
+        bos_token_id=BOS,
+        eos_token_id=[EOS, TURN_END, TOOL_RESPONSE],
+        pad_token_id=PAD,
+        **shape.draft_head,
+    )
+
+
+def _flatten(config: dict, shape: Shape) -> None:
+    """Write what is told per layer as transformers 5.6 and the released folders do."""
+    text = config.get("text_config", config)
+    text.pop("per_layer_config", None)  # absent where all layers are alike
+    text["global_head_dim"] = shape.text["global_head_dim"]
+    text["num_global_key_value_heads"] = shape.text["num_global_key_value_heads"]
+    if shape.unified:
+        text.update(UNIFIED_UNUSED)
+    elif config.get("vision_config"):
+        config["vision_config"]["rope_parameters"]["rope_type"] = "default"
 
 
 # Tokenizer and processor -----------------------------------------------------
@@ -398,17 +604,12 @@ def _tokenizer(shape: Shape):
 
 
 def _processor(shape: Shape, tokenizer):
-    from transformers import (
-        Gemma4AudioFeatureExtractor,
-        Gemma4ImageProcessor,
-        Gemma4Processor,
-        Gemma4VideoProcessor,
-    )
-
-    return Gemma4Processor(
-        feature_extractor=Gemma4AudioFeatureExtractor(),
-        image_processor=Gemma4ImageProcessor(max_soft_tokens=shape.soft_tokens),
-        video_processor=Gemma4VideoProcessor(max_soft_tokens=70),
+    return shape.transformers_class("Processor")(
+        feature_extractor=shape.transformers_class("AudioFeatureExtractor")(),
+        image_processor=shape.transformers_class("ImageProcessor")(
+            max_soft_tokens=shape.soft_tokens
+        ),
+        video_processor=shape.transformers_class("VideoProcessor")(max_soft_tokens=70),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
         image_seq_length=shape.soft_tokens,
@@ -428,22 +629,6 @@ def on_meta(config) -> dict[str, torch.Tensor]:
     return {k: v for k, v in model.state_dict().items() if k not in tied}
 
 
-def _draft_on_meta(config: dict) -> dict[str, torch.Tensor]:
-    from transformers import Gemma4TextConfig
-
-    text = Gemma4TextConfig(**config["text_config"])
-    text.architectures = ["Gemma4ForCausalLM"]
-    hidden, backbone = text.hidden_size, config["backbone_hidden_size"]
-    # The draft has queries alone: keys and values are the target's. transformers 5.6
-    # does not build a model in which every layer shares them.
-    text.num_kv_shared_layers = 0
-    absent = (".k_proj.weight", ".v_proj.weight", ".k_norm.weight")
-    weights = {k: v for k, v in on_meta(text).items() if not k.endswith(absent)}
-    weights["pre_projection.weight"] = torch.empty(hidden, 2 * backbone, device="meta")
-    weights["post_projection.weight"] = torch.empty(backbone, hidden, device="meta")
-    return weights
-
-
 def _generator(seed: int, name: str, device: str) -> torch.Generator:
     # A text-only folder gets the text weights of the full one.
     name = name.replace("language_model.", "")
@@ -456,8 +641,10 @@ def _generator(seed: int, name: str, device: str) -> torch.Generator:
 def _fill_released(name: str, weight: torch.Tensor, generator: torch.Generator):
     if weight.dim() > 1:
         weight.normal_(0.0, 0.02, generator=generator)
+    elif name.endswith(CLIP_BOUNDS):
+        weight.fill_(-math.inf if name.endswith("_min") else math.inf)
     else:
-        weight.fill_(0.0 if name.endswith("std_bias") else 1.0)
+        weight.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def _fill_tiny(name: str, weight: torch.Tensor, generator: torch.Generator):
@@ -474,12 +661,22 @@ def _fill_tiny(name: str, weight: torch.Tensor, generator: torch.Generator):
         weight.uniform_(0.9, 1.0, generator=generator)
     elif name.endswith("std_bias"):
         weight.zero_()
+    elif name.endswith(CLIP_BOUNDS):
+        weight.uniform_(2.0, 4.0, generator=generator)
+        if name.endswith("_min"):
+            weight.neg_()
+    elif name.endswith(".bias"):
+        weight.normal_(0.0, 0.1, generator=generator)
     elif weight.dim() == 1:
         weight.uniform_(0.5, 1.5, generator=generator)
         if name.endswith("q_norm.weight"):
             weight.mul_(0.7 * weight.numel() ** -0.5)
         elif name.endswith(
-            ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+            (
+                "post_attention_layernorm.weight",
+                "post_feedforward_layernorm.weight",
+                "post_per_layer_input_norm.weight",
+            )
         ):
             weight.mul_(0.15)
         elif name.endswith("post_feedforward_layernorm_2.weight"):
@@ -493,6 +690,9 @@ def _fill_tiny(name: str, weight: torch.Tensor, generator: torch.Generator):
         weight.normal_(0.0, 5.0, generator=generator)
     elif name.endswith("embed_tokens.weight"):
         weight.normal_(0.0, 0.15 * weight.shape[-1] ** -0.5, generator=generator)
+    elif name.endswith("embed_tokens_per_layer.weight"):
+        # A row holds the inputs of all layers, and each is scaled by its own size.
+        weight.normal_(0.0, 0.25, generator=generator)
     else:
         weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
 
@@ -507,6 +707,9 @@ def _draw(
 ) -> torch.Tensor:
     """Draw one weight; returns it on `device` in `dtype`."""
     generator = _generator(seed, name, device)
+    if dtype == torch.long:
+        # The draft's order of the vocabulary, the only weight of integers.
+        return torch.randperm(size[0], generator=generator, device=device)
     if shape.tiny:
         weight = torch.empty(size, device=device)
         _fill_tiny(name, weight, generator)
@@ -530,7 +733,9 @@ def _save_weights(
     max_shard_bytes: int,
 ) -> None:
     """Draw and save shard by shard; at most one shard a thread is held in memory."""
-    weights = {k: v.to(dtype) for k, v in weights.items()}
+    weights = {
+        k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()
+    }
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_bytes)
     device = "cuda" if torch.cuda.is_available() and not shape.tiny else "cpu"
     threads = 6 if device == "cuda" else 2
@@ -552,7 +757,14 @@ def _save_weights(
             if len(running) == threads:
                 progress.update(running.pop(0).result())
             tensors = {
-                name: _draw(shape, seed, name, weights[name].shape, dtype, device).cpu()
+                name: _draw(
+                    shape,
+                    seed,
+                    name,
+                    weights[name].shape,
+                    weights[name].dtype,
+                    device,
+                ).cpu()
                 for name in names
             }
             running.append(pool.submit(save, tensors, folder / file))
@@ -622,6 +834,7 @@ def write_checkpoint(
     dtype: str = "bfloat16",
     seed: int = 0,
     weights: bool = True,
+    config_format: str = "flat",
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> bool:
@@ -631,10 +844,13 @@ def write_checkpoint(
         out: the folder to make. It appears under this name only when it is whole.
         shape: a name in `SHAPES`.
         assistant: write the MTP draft model of the shape instead of the shape.
-        text_only: write a `gemma4_text` folder, without vision tower and processor.
+        text_only: write a text model's folder, without vision tower and processor.
         dtype: a name in `DTYPES`.
         seed: what all weights are drawn from.
         weights: False leaves the weights out, for `--load-format dummy`.
+        config_format: "flat" states `global_head_dim` and `num_global_key_value_heads`,
+            as the released folders and transformers 5.6 do; "per-layer" states
+            `per_layer_config`, as transformers 5.19 does, which reads both.
         overwrite: replace a folder that this function wrote with other arguments.
         max_shard_bytes: size of a safetensors file, unless one weight is larger.
 
@@ -654,6 +870,11 @@ def write_checkpoint(
         raise CheckpointError(
             f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}."
         )
+    if config_format not in CONFIG_FORMATS:
+        raise CheckpointError(
+            f"Unknown config format {config_format!r}; choose one of "
+            f"{', '.join(CONFIG_FORMATS)}."
+        )
     if assistant and text_only:
         raise CheckpointError(
             "An assistant has no vision tower to leave out; drop one of --assistant "
@@ -668,20 +889,19 @@ def write_checkpoint(
         "dtype": dtype,
         "seed": seed,
         "weights": weights,
+        "config_format": config_format,
         "max_shard_bytes": max_shard_bytes,
     }
     if _is_there(out, recipe, overwrite):
         return False
 
     spec = SHAPES[shape]
-    if assistant:
-        config = _draft_config(spec, dtype)
-        tensors = _draft_on_meta(config)
-    else:
-        config = _target_config(spec, text_only, dtype)
-        tensors = on_meta(config)
-    if not weights:
-        tensors = {}
+    config = (
+        _draft_config(spec, dtype)
+        if assistant
+        else _target_config(spec, text_only, dtype)
+    )
+    tensors = on_meta(config) if weights else {}
     item = DTYPES[dtype].itemsize
     needed = sum(v.numel() for v in tensors.values()) * item + OTHER_FILES_BYTES
 
@@ -701,7 +921,7 @@ def write_checkpoint(
             )
         partial = parent / f".{out.name}.partial"
         with _claim(partial):
-            _write_files(partial, spec, config, assistant or text_only)
+            _write_files(partial, spec, config, config_format)
             if tensors:
                 _save_weights(
                     partial, spec, seed, tensors, DTYPES[dtype], max_shard_bytes
@@ -744,15 +964,19 @@ def _is_there(out: Path, recipe: dict, overwrite: bool) -> bool:
     return False
 
 
-def _write_files(folder: Path, shape: Shape, config, text_only: bool) -> None:
+def _write_files(folder: Path, shape: Shape, config, config_format: str) -> None:
     from transformers import GenerationConfig
 
+    multimodal = hasattr(config, "vision_config")
     tokenizer = _tokenizer(shape)
-    (tokenizer if text_only else _processor(shape, tokenizer)).save_pretrained(folder)
-    if isinstance(config, dict):
-        _write_json(folder / "config.json", config)
-    else:
-        config.save_pretrained(folder)
+    (_processor(shape, tokenizer) if multimodal else tokenizer).save_pretrained(folder)
+    config.save_pretrained(folder)
+    if config_format == "flat":
+        path = folder / "config.json"
+        values = json.loads(path.read_text())
+        _flatten(values, shape)
+        _write_json(path, values)
+    ids = shape.multimodal_ids
     GenerationConfig(
         bos_token_id=BOS,
         eos_token_id=[EOS, TURN_END, TOOL_RESPONSE],
@@ -761,6 +985,12 @@ def _write_files(folder: Path, shape: Shape, config, text_only: bool) -> None:
         temperature=1.0,
         top_k=64,
         top_p=0.95,
+        # A unified model's embeddings of these two are no output's.
+        suppress_tokens=(
+            [ids["eoa_token_id"], ids["eoi_token_id"]]
+            if multimodal and shape.unified
+            else None
+        ),
     ).save_pretrained(folder)
 
 
@@ -796,10 +1026,16 @@ def _parser() -> argparse.ArgumentParser:
         "--assistant", action="store_true", help="the shape's MTP draft model"
     )
     kind.add_argument(
-        "--text-only", action="store_true", help="a gemma4_text folder, without vision"
+        "--text-only", action="store_true", help="a text model's folder, without vision"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--config-format",
+        choices=CONFIG_FORMATS,
+        default="flat",
+        help="as transformers 5.6 (flat) or 5.19 (per-layer) writes config.json",
+    )
     parser.add_argument(
         "--no-weights",
         action="store_true",
@@ -826,6 +1062,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             dtype=args.dtype,
             seed=args.seed,
             weights=not args.no_weights,
+            config_format=args.config_format,
             overwrite=args.overwrite,
         )
     except CheckpointError as e:

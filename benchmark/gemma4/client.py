@@ -1,4 +1,4 @@
-"""Runs SGLang's bench_serving for each line of stdin, a JSON list of its arguments.
+"""Runs SGLang's benchmark.serving for each line of stdin, a JSON list of its arguments.
 
 What it prints goes to stderr; stdout gets `done` or the error, a line for each. Its
 imports take longer than many a load, so they are done once, while a server starts.
@@ -6,14 +6,9 @@ imports take longer than many a load, so they are done once, while a server star
 
 import json
 import os
-import runpy
 import sys
-import warnings
 
-import sglang.bench_serving  # noqa: F401, for what it imports
-
-# It runs under another name than it was imported by, which runpy warns of.
-warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+from sglang.benchmark.serving import cli_main
 
 
 def main() -> None:
@@ -23,9 +18,7 @@ def main() -> None:
         sys.argv = ["bench_serving", *json.loads(line)]
         print(f"$ {' '.join(sys.argv)}", flush=True)
         try:
-            runpy.run_module(
-                "sglang.bench_serving", run_name="__main__", alter_sys=True
-            )
+            cli_main()
             said = "done"
         except SystemExit as e:
             said = f"exit status {e.code}" if e.code else "done"

@@ -16,14 +16,11 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import os
 import re
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Iterator, List, Optional
-from unittest.mock import patch
 
 UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 UNITS.update({f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)})
@@ -70,93 +67,133 @@ class Plan:
 
 
 def swa_tokens_per_request(
-    load: Load,
-    window: int,
-    page_size: int,
-    leaf_len: int,
-    eviction_interval: int,
-    draft_tokens: int,
+    load: Load, window: int, page_size: int, eviction_interval: int, draft_tokens: int
 ) -> int:
     """Most SWA slots that a request holds while it decodes.
 
-    The radix cache locks the leaf in which the prompt's window lies, at most `leaf_len`
-    slots, until the request ends; a last chunk shorter than the window locks the leaf
-    before it as well, which is not counted. Generated tokens leave the pool once
-    `eviction_interval` of them lie a page beyond the window.
+    The radix cache locks the prompt's window until the request ends; a last chunk
+    shorter than the window locks the leaf before it as well, which is not counted.
+    Generated tokens leave the pool once `eviction_interval` of them lie a page beyond
+    the window.
     """
     held = page_size + window + eviction_interval + draft_tokens
-    locked = min(load.input_len, leaf_len)
+    locked = min(load.input_len, -(-window // page_size) * page_size)
     return locked + min(load.output_len + draft_tokens, held)
+
+
+@contextlib.contextmanager
+def kv_cache_configurator(server_args) -> Iterator:
+    """Yields the `KVCacheConfigurator` of a server with these arguments.
+
+    It is the one of the first tensor parallel rank, without a model and its weights.
+    The server's configuration is published while it is in use.
+    """
+    import torch
+
+    from sglang.srt import runtime_context
+    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.model_executor.model_runner_components import (
+        layer_setup,
+        spec_aux_hidden_state,
+    )
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    context = runtime_context.create_context(
+        server_args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0)
+    )
+    with runtime_context.use_context(context):
+        model_config = ModelConfig.from_server_args(server_args)
+        spec_algorithm = SpeculativeAlgorithm.from_string(
+            runtime_context.get_spec().speculative_algorithm
+        )
+        worker = dict(model_config=model_config, is_draft_worker=False)
+        dtypes = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+        dtype_name = runtime_context.get_model().kv_cache_dtype
+        window = getattr(model_config.hf_text_config, "sliding_window", None)
+        yield KVCacheConfigurator(
+            **worker,
+            device="cpu",
+            gpu_id=0,
+            attn_dp_size=1,
+            pp_size=1,
+            pp_group=None,
+            model=None,
+            server_args=server_args,
+            kv_cache_dtype=dtypes.get(dtype_name, model_config.dtype),
+            kv_cache_dtype_str=dtype_name,
+            model_dtype=model_config.dtype,
+            page_size=runtime_context.get_schedule().page_size,
+            # A token attends to itself and to window - 1 tokens before it.
+            sliding_window_size=window and window - 1,
+            spec_algorithm=spec_algorithm,
+            post_capture_kv_active=False,
+            spec_aux_config=spec_aux_hidden_state.resolve_spec_aux_hidden_state_config(
+                **worker, server_args=server_args, spec_algorithm=spec_algorithm
+            ),
+            is_hybrid_swa=model_config.is_hybrid_swa,
+            is_hybrid_swa_compress=False,
+            use_mla_backend=model_config.attention_arch == AttentionArch.MLA,
+            layer_info=layer_setup.resolve_layer_indices(**worker, model=None),
+            forward_stream=None,
+            req_to_token_pool=None,
+            token_to_kv_pool_allocator=None,
+            memory_pool_config=None,
+        )
 
 
 def plan(folder: str, kv_bytes: int, ratio: Optional[float], load: Load, args) -> Plan:
     """Size both pools as a server would and count the requests that fit.
 
     Raises:
-        PlanError: the model has no second pool, or nothing is left for the pools.
+        PlanError: the model has no second pool, or the pools are too small.
     """
-    import torch
-
     from sglang.srt.environ import envs
     from sglang.srt.model_executor import pool_configurator
     from sglang.srt.server_args import prepare_server_args
 
     argv = ["--model-path", folder, "--device", "cpu", "--log-level", "warning"]
+    argv += ["--tp-size", str(args.tp_size), "--page-size", str(args.page_size)]
+    argv += ["--kv-cache-dtype", args.kv_cache_dtype]
     if ratio is not None:
         argv += ["--swa-full-tokens-ratio", str(ratio)]
     server_args = prepare_server_args(argv)
-    model_config = server_args.get_model_config()
-    if not model_config.is_hybrid_swa:
-        arch = model_config.hf_config.architectures[0]
-        raise PlanError(f"{arch} has one KV pool, so there is no ratio to plan.")
-    dtypes = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-    runner = SimpleNamespace(
-        model_config=model_config,
-        is_hybrid_swa=True,
-        kv_cache_dtype=dtypes.get(args.kv_cache_dtype, model_config.dtype),
-        server_args=server_args,
-    )
-    # The tensor parallel group exists only in a running server.
-    with patch.object(pool_configurator, "get_attention_tp_size", lambda: args.tp_size):
-        configurator = pool_configurator.create_memory_pool_configurator(runner)
     logging.getLogger(pool_configurator.__name__).setLevel(logging.WARNING)
-    try:
-        config = configurator.calculate_pool_sizes(kv_bytes, args.page_size)
-    except RuntimeError:
-        raise PlanError(
-            f"{kv_bytes / 1e9:.2f} GB is too little for one page of the KV cache; give "
-            "it more memory."
-        ) from None
+    with kv_cache_configurator(server_args) as configurator:
+        if not configurator.is_hybrid_swa:
+            arch = configurator.model_config.hf_config.architectures[0]
+            raise PlanError(f"{arch} has one KV pool, so there is no ratio to plan.")
+        pools = pool_configurator.create_memory_pool_configurator(configurator)
+        try:
+            config = pools.calculate_pool_sizes(kv_bytes, args.page_size)
+        except (RuntimeError, ValueError):
+            raise PlanError(
+                f"{kv_bytes / 1e9:.2f} GB is too little for a window of the KV cache; "
+                "give it more memory."
+            ) from None
 
     page = args.page_size
-    # A token attends to itself and to window - 1 tokens before it.
-    window = model_config.hf_text_config.sliding_window - 1
-    window_in_pages = -(-window // page) * page
-    split = envs.SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT.get()
-    multiplier = envs.SGLANG_SWA_EVICTION_INTERVAL_MULTIPLIER.get()
+    window = configurator.sliding_window_size
     full_per_request = load.input_len + load.output_len + args.draft_tokens
     full_per_request = -(-full_per_request // page) * page
-    leaf_len = window_in_pages if split else args.chunked_prefill_size
     swa_per_request = swa_tokens_per_request(
         load,
         window,
         page,
-        leaf_len,
-        max(page, int(window * multiplier) // page * page),
+        max(1, envs.SGLANG_SWA_EVICTION_INTERVAL.get()),
         args.draft_tokens,
     )
     # A chunk runs while the next one is allocated; short prompts stay as they are.
     chunk = args.chunked_prefill_size
-    prefilling = 2 * chunk if load.input_len > leaf_len else 0
+    prefilling = 2 * chunk if load.input_len > window else 0
     full, swa = config.full_max_total_num_tokens, config.swa_max_total_num_tokens
     swa_requests = max(0, swa - prefilling) // swa_per_request
     if swa >= max(swa_per_request, min(load.input_len, 2 * chunk) + page):
         swa_requests = max(1, swa_requests)  # alone, it shares with no other's chunks
     return Plan(
-        ratio=server_args.swa_full_tokens_ratio,
-        full_bytes_per_token=configurator._full_per_token
-        * configurator._full_layers_num,
-        swa_bytes_per_token=configurator._swa_per_token * configurator._swa_layers_num,
+        ratio=pools._swa_full_tokens_ratio,
+        full_bytes_per_token=pools._full_cell_bytes(),
+        swa_bytes_per_token=pools._swa_cell_bytes(),
         full_tokens=full,
         swa_tokens=swa,
         full_tokens_per_request=full_per_request,
@@ -334,7 +371,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = _parser().parse_args(argv)
-    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     load = Load(args.input_len, args.output_len, args.requests)
     try:
         with model_folder(args.model) as folder:

@@ -66,6 +66,7 @@ ATTENTION, MATMUL, POINTWISE, SELECT = "attention", "matmul", "pointwise", "sele
 PREPARATION = (
     r"kv_indices|unified_indices|num_kv_splits|kv_indptr|page_table|translate|alloc_"
     r"|req_to_token|last_loc|cache_loc|compute_position|clamp_pos|_metadata"
+    r"|draft_extend|verify_(mask|commit)"
 )
 RULES = (
     (NORMS, r"rms_?norm|layer_?norm|rsqrt|\brope|_rope|rotary|_norm_|pre_feedforward"),
@@ -74,7 +75,7 @@ RULES = (
     (
         LOGITS,
         r"softcap|sampl|argmax|MaxOps|cunn_?softmax|multinomial|exponential|topk_topp"
-        r"|cross_?entropy|VerifyTree",
+        r"|cross_?entropy|verify_?tree|draft_topk|row_softmax|candidate_lse",
     ),
     (
         ATTENTION,
@@ -377,14 +378,17 @@ def floors(model: Path, requests: int, tokens: int, rate: float) -> Dict[str, fl
     config = AutoConfig.from_pretrained(model)
     text = config.get_text_config()
     chosen = 0.0
-    if text.num_experts:
+    if getattr(text, "num_experts", None):
         missed = (1 - text.top_k_experts / text.num_experts) ** requests
         chosen = 1 - missed
     parts = {
         LOGITS: ("embed_tokens.weight", 1.0),
         ROUTING: ("router.proj.weight", 1.0),
         EXPERTS: ("experts.", chosen),
-        PROJECTIONS: (r"(self_attn|mlp)\.\w+_proj", 1.0),
+        PROJECTIONS: (
+            r"(self_attn|mlp)\.\w+_proj|per_layer_(input_gate|(model_)?projection)\.",
+            1.0,
+        ),
     }
     read: Dict[str, float] = defaultdict(float)
     for name, weight in on_meta(config).items():
@@ -393,13 +397,13 @@ def floors(model: Path, requests: int, tokens: int, rate: float) -> Dict[str, fl
         for group, (pattern, share) in parts.items():
             if re.search(pattern, name):
                 read[group] += 2 * weight.numel() * share
-        layer = re.search(r"\.(\d+)\.self_attn\.k_proj", name)
-        if layer:
-            sliding = text.layer_types[int(layer[1])] == "sliding_attention"
-            seen = min(tokens, text.sliding_window) if sliding else tokens
-            group = SLIDING if sliding else FULL
-            # Keys and as many values.
-            read[group] += 2 * 2 * len(weight) * seen * requests
+    # A layer that has no keys and values of its own reads another's, of the same size.
+    for kind, layer in zip(text.layer_types, text.per_layer_config):
+        sliding = kind == "sliding_attention"
+        seen = min(tokens, text.sliding_window) if sliding else tokens
+        width = layer.num_key_value_heads * layer.head_dim
+        # Keys and as many values.
+        read[SLIDING if sliding else FULL] += 2 * 2 * width * seen * requests
     return {group: size / rate / 1e3 for group, size in read.items()}
 
 

@@ -2,11 +2,11 @@
 
     python benchmark/gemma4/run.py --name serving-h200
     python benchmark/gemma4/run.py --arms base,fork --loads chat,stream --mtp off,2.75
-    python benchmark/gemma4/run.py --arms fork --upto 0005 --arm "ratio=--swa-full-tokens-ratio 0.8"
+    python benchmark/gemma4/run.py --arms fork --upto text-only --arm "ratio=--swa-full-tokens-ratio 0.8"
     python benchmark/gemma4/run.py --arm vllm@/opt/vllm/bin/python --arms fork
     python benchmark/gemma4/run.py --shape tiny --loads chat --arms base,fork
 
-An arm is `base`, `fork`, `base+NNNN`, NAME=FLAGS or NAME@WHERE=FLAGS, as serving.py
+An arm is `base`, `fork`, `base+NAME`, NAME=FLAGS or NAME@WHERE=FLAGS, as serving.py
 says. The first arm is what the others are compared with. The arms take turns, A B A B,
 once a repeat; each turn starts the arm's server anew, runs every load once through
 SGLang's own bench_serving, and stops it. What was measured is written after each load:
@@ -572,14 +572,9 @@ def notes(args: argparse.Namespace, arms: List[Arm], weights: str) -> List[str]:
             "MTP: a random draft model of 3 tokens; the number of accepted tokens is "
             "simulated, and the accepted ids are random (vLLM's are its draft's own)."
         )
-        if any(arm.name.startswith("base") for arm in arms):
-            found.append(
-                "The release does not run Gemma 4's MTP by itself: a class for the "
-                "draft's config and an empty draft input were added as it ran."
-            )
     if f"base+{serving.CPU_BLOCKERS}" in [arm.name for arm in arms]:
         found.append(
-            f"base+{serving.CPU_BLOCKERS} is the release with the first two patches, "
+            f"base+{serving.CPU_BLOCKERS} is the release with the first patches, "
             "without which it does not serve on a CPU."
         )
     return found
@@ -618,7 +613,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     )
     parser.add_argument("--arm", action="append", default=[], metavar="ARM")
     parser.add_argument(
-        "--upto", action="append", default=[], metavar="NNNN", help="same as base+NNNN"
+        "--upto", action="append", default=[], metavar="NAME", help="same as base+NAME"
     )
     parser.add_argument(
         *("--loads", "--load"),
@@ -674,7 +669,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         args.chosen = chosen_loads(args)
         prepare_model(args)
         given = args.arms or ([] if args.arm or args.upto else ["base", "fork"])
-        given += [f"base+{number}" for number in args.upto] + args.arm
+        given += [f"base+{name}" for name in args.upto] + args.arm
         arms = [serving.parse_arm(text) for text in given]
         for arm in arms:
             arm.probe()

@@ -4,12 +4,16 @@
 
     fork                    the `sglang` that this interpreter imports
     base                    the pinned release, unpatched
-    base+0005               the release with the first five patches of the series
+    base+NAME               the release with the series up to the patch of this name
     NAME=FLAGS              the fork with more flags for its server
     NAME@WHERE[=FLAGS]      another environment: a Python interpreter, or the folders
                             that PYTHONPATH is to hold, with ":" between them
 
 and an arm whose name begins with `vllm` is served by vLLM.
+
+The release is that of the series which this interpreter's environment is for. Without a
+GPU driver it does not import, so on a CPU `base` is `base+cpu-no-driver`: it serves, its
+answers are still wrong there, and it is for trying the programs, not for a measurement.
 """
 
 import contextlib
@@ -44,8 +48,8 @@ PLUGIN = HERE / "plugin"
 CACHE = ROOT / ".cache"
 HOST = "127.0.0.1"
 LAST_PORT = 55535  # SGLang takes the port 10000 above, too
-# The patches without which the release does not serve on a CPU at all.
-CPU_BLOCKERS = "0002"
+# The patch without which, and those before it, the release does not serve on a CPU.
+CPU_BLOCKERS = "cpu-no-driver"
 # The tiny model's context many times over; without it the pool takes most of the RAM.
 TINY_POOL_TOKENS = 65536
 DRAFTED = 3
@@ -231,11 +235,11 @@ def parse_arm(text: str) -> Arm:
         else:
             arm.path = places
         return arm
-    found = re.fullmatch(r"base(?:\+(\d{4}))?", name)
+    found = re.fullmatch(r"base(?:\+([\w.-]+))?", name)
     if found and not flags:
-        prefix = found[1] or ("" if has_gpu() else CPU_BLOCKERS)
-        arm.name = f"base+{prefix}" if prefix else "base"
-        arm.path = [str(release(prefix))]
+        upto = found[1] or ("" if has_gpu() else CPU_BLOCKERS)
+        arm.name = f"base+{upto}" if upto else "base"
+        arm.path = [str(release(upto))]
     elif name.startswith("vllm") and not importlib.util.find_spec("vllm"):
         raise HouseError(
             f"The arm {name} needs vLLM, which is not installed beside the fork: name "
@@ -245,17 +249,21 @@ def parse_arm(text: str) -> Arm:
 
 
 def release(upto: str = "") -> Path:
-    """The folder of the pinned release with the patches up to this number; kept."""
+    """The folder of the pinned release with the patches up to this name; kept."""
     sys.path.insert(0, str(ROOT / "python"))
     from fork import base, series
     from fork.errors import ForkError
-    from fork.project import Project
 
     try:
-        project = Project.load()
-        patches = [p for p in project.patches() if p.name[:4] <= upto]
-        if upto and (not patches or patches[-1].name[:4] != upto):
-            raise HouseError(f"The series has no patch {upto}.")
+        project, patches = base.installed(), []
+        if upto:
+            names = project.patch_names()
+            if upto not in names:
+                raise HouseError(
+                    f"The series {project.series} has no patch {upto}: see "
+                    f"{project.show(project.settings)}."
+                )
+            patches = project.patches()[: names.index(upto) + 1]
         digest = hashlib.sha256(project.base.read_bytes())
         for patch in patches:
             digest.update(patch.read_bytes())
@@ -265,11 +273,7 @@ def release(upto: str = "") -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with base.unpacked(project) as content:
             if patches:
-                git = series.init(content / "sglang")
-                series.commit_base(git, project, content / "sglang")
-                git("reset", "--quiet", series.BASE)
-                series.am(git, patches, *series.IN_TREE)
-                shutil.rmtree(content / "sglang" / ".git")
+                series.patch_package(project, patches, content / "sglang")
             partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
             shutil.copytree(content, partial, dirs_exist_ok=True)
         try:
@@ -393,7 +397,7 @@ class Setup:
             sizes = [n for n in (1, 2, 4, *range(8, self.requests, 8)) if n]
             sizes = [str(n) for n in sizes if n < self.requests] + [str(self.requests)]
             flags += ["--max-running-requests", str(self.requests)]
-            flags += ["--cuda-graph-bs", *sizes]
+            flags += ["--cuda-graph-bs-decode", *sizes]
             flags += ["--speculative-algorithm", "NEXTN"]
             flags += ["--speculative-draft-model-path", str(self.draft)]
             flags += ["--speculative-num-steps", str(DRAFTED)]

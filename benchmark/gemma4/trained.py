@@ -375,7 +375,7 @@ def save(model, out: Path, **recipe) -> None:
     for part in ("text_config", "vision_config"):
         setattr(getattr(model.config, part), "dtype", "bfloat16")
     out.mkdir(parents=True, exist_ok=True)
-    factory._write_files(out, SHAPE, model.config, False)
+    factory._write_files(out, SHAPE, model.config, "flat")
     model.save_pretrained(out)
     written = json.dumps({**RECIPE, **recipe, "shape": "trained"}, indent=2)
     (out / factory.RECIPE_FILE).write_text(written + "\n")

@@ -160,9 +160,7 @@ def _invoke(
     """One projection, as `fused_experts` launches it."""
     import triton.language as tl
 
-    from sglang.srt.layers.moe.moe_runner.triton_utils import (
-        fused_moe_triton_kernels as kernels,
-    )
+    from sglang.kernels.ops.moe import fused_moe_triton_kernels as kernels
 
     tile = dict(tile)
     tma = tile.pop("USE_TMA", False)
@@ -218,9 +216,7 @@ def _kind(layer: Layer, tokens: int, tile: Tile) -> tuple:
 def _compile(task: tuple) -> Optional[int]:
     """Compiles a tile into Triton's cache; returns its spills, None if it fails."""
     layer, projection, tokens, tile = task
-    from sglang.srt.layers.moe.moe_runner.triton_utils import (
-        fused_moe_triton_kernels as kernels,
-    )
+    from sglang.kernels.ops.moe import fused_moe_triton_kernels as kernels
 
     def empty(*shape, dtype=DTYPES[layer.dtype]):
         return torch.empty(shape, dtype=dtype, device="cuda")

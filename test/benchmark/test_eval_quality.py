@@ -1,9 +1,13 @@
 """The tasks of the trained model, its training, and what tells a wrong arm from a right one."""
 
+import csv
 import dataclasses
+import http.server
 import json
 import random
+import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,6 +88,70 @@ def test_a_local_record_lies_at_the_window_s_edge():
         )
         assert near[0] == far[0] == key and near[1] != far[1]
         assert tokens[place + 1] == ANSWER + near[1]
+
+
+QUESTION_MARKS = 700  # more than are asked
+
+
+class Knows(http.server.BaseHTTPRequestHandler):
+    """A server that answers three of four questions rightly, reasoning aloud first."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["temperature"] == 0
+        (message,) = asked["messages"]
+        number = int(re.search(r"question (\d+)", message["content"])[1])
+        right = "ABCD"[number % 4]
+        assert f"{right}. right {number}" in message["content"]
+        text = f"The answer is not A. **Answer:** {right}" if number % 4 else None
+        body = {"choices": [{"message": {"content": text}}]}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_mmlu_asks_the_same_questions_and_counts_right_answers(tmp_path):
+    path = tmp_path / "mmlu.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Question", "A", "B", "C", "D", "Answer", "Subject"])
+        for i in range(QUESTION_MARKS):
+            choices = [f"wrong {i}"] * 4
+            choices[i % 4] = f"right {i}"
+            writer.writerow(
+                [f"question {i}, {{of}} no kind", *choices, "ABCD"[i % 4], ""]
+            )
+    asked = eval_quality.mmlu_questions(path)
+    assert asked == eval_quality.mmlu_questions(path)
+    assert len(set(asked)) == eval_quality.MMLU_QUESTIONS
+
+    with http.server.ThreadingHTTPServer((serving.HOST, 0), Knows) as stub:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        setup = serving.Setup(tmp_path, stub.server_port)
+        server = serving.Server(serving.Arm("fork"), setup, tmp_path / "log")
+        right = [
+            eval_quality.mmlu_letter(eval_quality.chat(server, prompt)) == letter
+            for prompt, letter in asked[:40]
+        ]
+        stub.shutdown()
+    assert right == [letter != "A" for _, letter in asked[:40]]
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("Answer: C", "C"),
+        ("I first thought answer: A, but\n**Answer: (b)**", "B"),
+        ("answer is D", None),
+        ("Answer: Always", None),
+        ("", None),
+    ],
+)
+def test_the_letter_of_an_answer(text, letter):
+    assert eval_quality.mmlu_letter(text) == letter
 
 
 def test_training_sequences_are_as_long_as_they_look():

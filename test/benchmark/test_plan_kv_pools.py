@@ -1,13 +1,10 @@
 """The pool planner against the exact pool sizes, and what it says when a load is too big."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 GEMMA4 = Path(__file__).parents[2] / "benchmark" / "gemma4"
 sys.path.insert(0, str(GEMMA4))
@@ -23,17 +20,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "26b-a4b"
     write_checkpoint(path, "26b-a4b", weights=False)
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def release_envs(monkeypatch):
-    """The parser sets these for Gemma 4; each test begins without them."""
-    for name in (
-        "SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT",
-        "SGLANG_SWA_EVICTION_INTERVAL_MULTIPLIER",
-    ):
-        monkeypatch.setenv(name, "")  # so that it is restored
-        monkeypatch.delenv(name)
 
 
 def test_sizes_and_counts(folder, tmp_path):
@@ -61,22 +47,32 @@ def test_sizes_and_counts(folder, tmp_path):
     assert len(list(tmp_path.glob("pools-*.svg"))) == 2
 
 
-def test_default_ratio_and_environment(folder, tmp_path, monkeypatch):
+def test_default_ratio(folder, tmp_path):
     out = tmp_path / "pools.json"
     assert plan_kv_pools.main([folder, *H200, "--json", str(out)]) == 0
     assert {r.case["ratio"] for r in load(out).records} == {0.15}
-    # Without the release a whole chunk stays locked.
-    monkeypatch.setenv("SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT", "0")
-    assert plan_kv_pools.main([folder, *H200, "--json", str(out)]) == 0
-    assert load(out).settings["swa_tokens_per_request"] == 9000
 
 
-def test_long_answer_leaves_the_window(folder, tmp_path):
+def test_long_answer_leaves_the_window(folder, tmp_path, monkeypatch):
     out = tmp_path / "pools.json"
     argv = [folder, *H200, "--output-len", "20000", "--json", str(out)]
-    assert plan_kv_pools.main(argv) == 0
-    per_request = load(out).settings["swa_tokens_per_request"]
-    assert per_request == 1023 + (1 + 1023 + 127)
+    for interval in (128, 16):
+        monkeypatch.setenv("SGLANG_SWA_EVICTION_INTERVAL", str(interval))
+        assert plan_kv_pools.main(argv) == 0
+        per_request = load(out).settings["swa_tokens_per_request"]
+        assert per_request == 1023 + (1 + 1023 + interval)
+
+
+def test_options_reach_the_server(folder, tmp_path):
+    """Half of the heads on each of two GPUs, one byte a number, pages of 64."""
+    out = tmp_path / "pools.json"
+    argv = ["--tp-size", "2", "--kv-cache-dtype", "fp8_e4m3", "--page-size", "64"]
+    assert plan_kv_pools.main([folder, *H200, *argv, "--json", str(out)]) == 0
+    pools = load(out)
+    assert pools.settings["full_bytes_per_token"] == 20_480 // 4
+    assert pools.settings["swa_bytes_per_token"] == 204_800 // 4
+    tokens = [r.median for r in pools.records if r.metric == "tokens"]
+    assert all(n % 64 == 0 for n in tokens)
 
 
 def test_load_does_not_fit(folder, capsys):
@@ -92,7 +88,7 @@ def test_load_does_not_fit(folder, capsys):
     "argv, sentence",
     [
         (["/no/such/folder", *H200], "neither a folder with a config.json nor one of"),
-        (["tiny", "--kv-memory", "10"], "too little for one page of the KV cache"),
+        (["tiny", "--kv-memory", "10"], "too little for a window of the KV cache"),
     ],
 )
 def test_cannot_be_planned(argv, sentence, capsys):

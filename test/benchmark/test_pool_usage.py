@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
-from sglang.srt.managers.scheduler_runtime_checker_mixin import PoolStats
+from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark" / "gemma4"))
 import pool_usage  # noqa: E402

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmark" / "gemma4"))
 import plot  # noqa: E402
 import profile_step  # noqa: E402
 import results  # noqa: E402
-from checkpoint import SHAPES, Shape, _text_config  # noqa: E402
+from checkpoint import SHAPES, Shape, _text_config, write_checkpoint  # noqa: E402
 from profile_step import GAPS, measured  # noqa: E402
 from serving import Arm, HouseError, Server, Setup  # noqa: E402
 
@@ -284,6 +284,46 @@ def test_what_a_decode_step_must_read(tmp_path):
                 profile_step.FULL: 2 * 2 * 1024 * tokens * requests,
             }
         )
+
+
+def test_layers_without_keys_of_their_own_read_anothers(tmp_path):
+    """Of E2B's kind: 8 layers sliding and 2 full, 5 of them with another's keys."""
+    write_checkpoint(tmp_path / "e2b", "tiny-e2b", text_only=True, weights=False)
+    found = profile_step.floors(tmp_path / "e2b", 3, 100, 1e-3)
+    assert found[profile_step.SLIDING] == pytest.approx(2 * 2 * 8 * 32 * 32 * 3)
+    assert found[profile_step.FULL] == pytest.approx(2 * 2 * 2 * 64 * 100 * 3)
+    hidden, q, kv = 128, 4, 1
+    own = 4 * 32 * (q + 2 * kv) + 64 * (q + 2 * kv)
+    shared = 4 * 32 * q + 64 * q
+    outputs = (8 * 32 + 2 * 64) * q
+    mlps = 3 * 96 * (5 + 5 * 2)  # double width where keys are shared
+    per_layer = 10 * (16 + 16) + 10 * 16
+    matrices = own + shared + outputs + mlps + per_layer
+    assert found[profile_step.PROJECTIONS] == pytest.approx(2 * hidden * matrices)
+    assert profile_step.ROUTING not in found and profile_step.EXPERTS not in found
+
+
+@pytest.mark.parametrize(
+    "kind, names",
+    # Triton's kernels of 0.5.23 whose names say less than they seem to.
+    [
+        ("attention", "_fwd_kernel_unified _verify_prefix_stage1 _fwd_kernel_stage2"),
+        (
+            "logits and sampling",
+            "_wide_row_softmax_partials_kernel _draft_topk1_finalize_kernel "
+            "verify_tree_greedy_kernel_triton softcap_inplace_logits_kernel",
+        ),
+        ("routing", "_gemma4_routing_kernel"),
+        (
+            "other",
+            "_pack_verify_mask_kernel _verify_commit_outputs_kernel "
+            "fill_widened_draft_extend_inputs_kernel _fused_decode_metadata_kernel "
+            "_prepare_draft_extend_lengths_kernel get_num_kv_splits_triton",
+        ),
+    ],
+)
+def test_kernels_by_their_names(kind, names):
+    assert {profile_step.kind_of(name) for name in names.split()} == {kind}
 
 
 class Streams(http.server.BaseHTTPRequestHandler):

@@ -10,8 +10,6 @@ on PYTHONPATH is all that it takes, and no file of a measured tree is changed.
   tokens choose the same experts, and the experts' time means nothing.
 - With SGLANG_SIMULATE_ACC_LEN the tokens that are accepted become random ids; SGLang
   writes token 100 for all of them, which again sends every row to the same experts.
-- In a release that lacks them, what keeps Gemma 4's MTP from running at all: a class for
-  the draft's config, and an empty draft input where every request of a batch ends.
 """
 
 import sys
@@ -26,7 +24,8 @@ STD = 0.02
 
 
 def draw_weights(model: torch.nn.Module, seed: int = 0) -> None:
-    """Fills every floating-point parameter in place; buffers stay as constructed."""
+    """Fills every floating-point parameter in place; buffers stay as constructed, but
+    for a draft's order of the vocabulary."""
     count = 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,6 +47,9 @@ def draw_weights(model: torch.nn.Module, seed: int = 0) -> None:
                     part.normal_(0.0, STD, generator=generator)
             else:
                 data.normal_(0.0, STD, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("token_ordering"):  # else every token is token 0
+            torch.arange(len(buffer), out=buffer)
     for module in model.modules():
         if hasattr(module, "fuse_scale"):  # Gemma4Router keeps a product of its scale
             module.fuse_scale()
@@ -76,62 +78,15 @@ def sglang_plugin() -> None:
     )
     if envs.SGLANG_SIMULATE_ACC_LEN.get() <= 0:
         return
-    _register_draft_config()
     HookRegistry.register(
         "sglang.srt.speculative.spec_utils.generate_simulated_accept_index",
         _accept_random_ids,
-    )
-    HookRegistry.register(
-        "sglang.srt.speculative.frozen_kv_mtp_worker.FrozenKVMTPWorker"
-        ".forward_batch_generation",
-        _leave_a_draft_input,
     )
 
 
 def _accept_random_ids(index, accept_index, predict, *args, **kwargs) -> None:
     # Ordinary tokens of the vocabulary: above the controls, below the images'.
     predict.random_(1000, 250000)
-
-
-def _leave_a_draft_input(result, worker, batch) -> None:
-    from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
-    from sglang.srt.speculative.frozen_kv_mtp_info import (
-        FrozenKVMTPDraftInput,
-        FrozenKVMTPVerifyInput,
-    )
-
-    if isinstance(batch.spec_info, FrozenKVMTPVerifyInput):
-        batch.spec_info = FrozenKVMTPDraftInput.create_idle_input(
-            device=batch.device,
-            hidden_size=worker._recurrent_hidden_size,
-            dtype=worker.model_config.dtype,
-            topk=worker.topk,
-            capture_hidden_mode=CaptureHiddenMode.LAST,
-        )
-
-
-def _register_draft_config() -> None:
-    """Registers `gemma4_assistant` where neither transformers nor the release did."""
-    from transformers import AutoConfig, Gemma4TextConfig, PretrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    import sglang.srt.utils.hf_transformers.common  # noqa: F401, may register it
-
-    if "gemma4_assistant" in CONFIG_MAPPING:
-        return
-
-    class Gemma4AssistantConfig(PretrainedConfig):
-        model_type = "gemma4_assistant"
-        sub_configs = {"text_config": Gemma4TextConfig}
-        text_config: object = None
-
-        def __post_init__(self, **kwargs):
-            if not isinstance(self.text_config, PretrainedConfig):
-                self.text_config = Gemma4TextConfig(**(self.text_config or {}))
-            super().__post_init__(**kwargs)
-
-    AutoConfig.register("gemma4_assistant", Gemma4AssistantConfig)
-    _say("Registered a config class for gemma4_assistant")
 
 
 # vLLM ------------------------------------------------------------------------
