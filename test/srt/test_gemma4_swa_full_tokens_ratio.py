@@ -1,41 +1,34 @@
-"""KV pool defaults of Gemma 4: --swa-full-tokens-ratio and the window release.
+"""The default of --swa-full-tokens-ratio for Gemma 4, and that a given value is kept.
 
-Real folders go through the real parser, and the pool sizes come from the real solver.
+Real folders go through the real parser, and the pool sizes come from the server's own
+configurator.
 """
 
 import contextlib
 import io
 import logging
-import os
+import math
 import sys
 import tempfile
 import unittest
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-
-import torch
 import transformers
 
-from sglang.srt.arg_groups.deepseek_v4_hook import apply_deepseek_v4_defaults
-from sglang.srt.environ import envs
-from sglang.srt.model_executor import pool_configurator
-from sglang.srt.model_executor.model_runner_kv_cache_mixin import (
-    ModelRunnerKVCacheMixin,
-)
+from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark" / "gemma4"))
-from checkpoint import write_checkpoint  # noqa: E402
+from checkpoint import SHAPES, write_checkpoint  # noqa: E402
+from plan_kv_pools import kv_cache_configurator  # noqa: E402
 
-register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=60, suite="base-a-test-cpu")
 
-SPLIT_LEAF = envs.SGLANG_OPT_SWA_SPLIT_LEAF_ON_INSERT
-INTERVAL = envs.SGLANG_SWA_EVICTION_INTERVAL_MULTIPLIER
-RELEASE_ENVS = (SPLIT_LEAF, INTERVAL)
+LOGGER = "sglang.srt.arg_groups.model_overrides.gemma4"
+UNIFIED_MEMORY = ["--enable-unified-memory", "--attention-backend", "triton"]
 
 # Bytes left for the KV cache: TP 1 on a 180 GB B200 with MTP, and on a 141 GB H200 at
 # --mem-fraction-static 0.85.
@@ -70,93 +63,79 @@ def other(config: transformers.PretrainedConfig, arch: str) -> str:
 
 
 def parse(folder, *argv) -> ServerArgs:
-    return prepare_server_args(["--model-path", folder, "--device", "cpu", *argv])
+    args = prepare_server_args(["--model-path", folder, "--device", "cpu", *argv])
+    args.resolve_once()
+    return args
 
 
-class Runner(ModelRunnerKVCacheMixin):
-    """The part of a model runner that sizes the pools, on a GPU with this much left."""
-
-    mambaish_config = None
-
-    def __init__(self, server_args: ServerArgs, available_bytes: int):
-        self.server_args = server_args
-        self.model_config = server_args.get_model_config()
-        self.is_hybrid_swa = self.model_config.is_hybrid_swa
-        self.sliding_window_size = self.model_config.hf_text_config.sliding_window - 1
-        self.kv_cache_dtype = torch.bfloat16
-        self.pp_size = self.dp_size = 1
-        self.available_bytes = available_bytes
-
-    def _profile_available_bytes(self, pre_model_load_memory: int) -> int:
-        return self.available_bytes
+def build(**kwargs) -> ServerArgs:
+    args = ServerArgs(device="cpu", **kwargs)
+    args.resolve_once()
+    return args
 
 
-def solve(server_args: ServerArgs, available_bytes: int, page_size: int = 1):
-    server_args.page_size = page_size
-    # The parallel groups exist only in a running server.
-    with patch.object(pool_configurator, "get_attention_tp_size", lambda: 1):
-        runner = Runner(server_args, available_bytes)
-        configurator = pool_configurator.create_memory_pool_configurator(runner)
-        assert isinstance(configurator, pool_configurator.HybridSWAPoolConfigurator)
-        return runner._resolve_memory_pool_config(0)
+def ratio_of(args: ServerArgs) -> float:
+    return resolution_result(args, "swa_full_tokens_ratio")
 
 
-class _Case(CustomTestCase):
-    def setUp(self):
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
-        for env in RELEASE_ENVS:  # restored afterwards, unset during the test
-            self.stack.enter_context(env.override(None))
-            env.clear()
+class TestDefault(CustomTestCase):
+    def check(self, args, ratio):
+        self.assertEqual(ratio_of(args), ratio)
 
-
-class TestDefault(_Case):
     def test_moe(self):
         for text_only in (False, True):
             with self.subTest(text_only=text_only):
-                with self.assertLogs("sglang.srt.server_args", logging.INFO) as logs:
+                with self.assertLogs(LOGGER, logging.INFO) as logs:
                     args = parse(gemma4(text_only=text_only))
-                arch = args.get_model_config().hf_config.architectures[0]
-                self.assertEqual(
-                    arch,
-                    (
-                        "Gemma4ForCausalLM"
-                        if text_only
-                        else "Gemma4ForConditionalGeneration"
-                    ),
-                )
-                self.assertEqual(args.swa_full_tokens_ratio, 0.15)
+                self.check(args, 0.15)
+                arch = "Gemma4ForCausalLM" if text_only else None
+                arch = arch or "Gemma4ForConditionalGeneration"
                 said = [x for x in logs.output if "swa_full_tokens_ratio" in x]
                 self.assertEqual(len(said), 1, said)
                 self.assertIn(
-                    f"Setting swa_full_tokens_ratio to 0.15 for MoE {arch}", said[0]
+                    f"Setting swa_full_tokens_ratio to 0.15 for {arch}.", said[0]
                 )
 
-    def test_disaggregated(self):
-        """Both pools hold whole prompts, so that neither is made smaller."""
-        for mode in ("prefill", "decode"):
-            args = parse(gemma4(), "--disaggregation-mode", mode)
-            self.assertEqual(args.swa_full_tokens_ratio, 0.8)
-
     def test_dense(self):
-        with self.assertLogs("sglang.srt.server_args", logging.INFO) as logs:
-            self.assertEqual(parse(gemma4("31b")).swa_full_tokens_ratio, 0.3)
-        self.assertIn(
-            "Setting swa_full_tokens_ratio to 0.3 for dense Gemma4",
-            "".join(logs.output),
-        )
-        args = parse(gemma4("31b"), "--disaggregation-mode", "decode")
-        self.assertEqual(args.swa_full_tokens_ratio, 0.8)
+        with self.assertLogs(LOGGER, logging.INFO) as logs:
+            self.check(parse(gemma4("31b")), 0.3)
+        self.assertIn("Setting swa_full_tokens_ratio to 0.3", "".join(logs.output))
+
+    def test_dense_unified(self):
+        """12B, which has 31B's kinds of layers and no tower."""
+        text = dict(num_hidden_layers=6, hidden_size=64, intermediate_size=64)
+        config = transformers.Gemma4UnifiedConfig(text_config=text)
+        folder = other(config, "Gemma4UnifiedForConditionalGeneration")
+        self.check(parse(folder), 0.3)
 
     def test_dense_with_shared_layers(self):
         """E2B and E4B keep 0.8."""
-        folder = gemma4("31b", text_only=True)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        config.num_kv_shared_layers = 20
-        args = parse(other(config, "Gemma4ForCausalLM"))
-        text_config = args.get_model_config().hf_text_config
-        self.assertEqual(text_config.num_kv_shared_layers, 20)
-        self.assertEqual(args.swa_full_tokens_ratio, 0.8)
+        config = transformers.AutoConfig.from_pretrained(gemma4("31b"))
+        config.text_config.num_kv_shared_layers = 20
+        folder = other(config, "Gemma4ForConditionalGeneration")
+        self.check(parse(folder), 0.8)
+
+    def test_block_diffusion(self):
+        """One has no decode, for which the pools are balanced."""
+        text = dict(num_hidden_layers=6, num_experts=8, top_k_experts=2)
+        text.update(hidden_size=64, intermediate_size=64, moe_intermediate_size=32)
+        config = transformers.DiffusionGemmaConfig(text_config=text)
+        folder = other(config, "DiffusionGemmaForBlockDiffusion")
+        self.check(parse(folder), 0.8)
+
+    def test_disaggregated(self):
+        """Decode preallocates whole prompts in both pools."""
+        for shape in ("26b-a4b", "31b"):
+            for mode in ("prefill", "decode"):
+                with self.subTest(shape=shape, mode=mode):
+                    args = parse(gemma4(shape), "--disaggregation-mode", mode)
+                    self.check(args, 0.8)
+
+    def test_unified_memory(self):
+        """One buffer holds both kinds of layers; its budget stays what it was."""
+        args = parse(gemma4(), *UNIFIED_MEMORY)
+        self.assertTrue(resolution_result(args, "enable_unified_memory"))
+        self.check(args, 0.8)
 
     def test_other_architectures(self):
         small = dict(
@@ -173,38 +152,23 @@ class TestDefault(_Case):
             (transformers.Gemma3TextConfig(**small), "Gemma3ForCausalLM"),
         ):
             with self.subTest(arch=arch):
-                self.assertEqual(parse(other(config, arch)).swa_full_tokens_ratio, 0.8)
-                args = parse(other(config, arch), "--swa-full-tokens-ratio", "0.15")
-                self.assertEqual(args.swa_full_tokens_ratio, 0.15)
-                for env in RELEASE_ENVS:
-                    self.assertFalse(env.is_set(), env.name)
-
-    def test_deepseek_v4(self):
-        for given, taken in ((None, 0.1), (0.8, 0.8), (0.3, 0.3)):
-            with self.subTest(given=given):
-                args = ServerArgs(model_path="dummy", swa_full_tokens_ratio=given)
-                apply_deepseek_v4_defaults(args, "DeepseekV4ForCausalLM")
-                self.assertEqual(args.swa_full_tokens_ratio, taken)
+                folder = other(config, arch)
+                self.check(parse(folder), 0.8)
+                self.check(parse(folder, "--swa-full-tokens-ratio", "0.15"), 0.15)
 
 
-class TestSetMeansSet(_Case):
-    ratios = (0.05, 0.15, 0.5, 0.8, 1.0)
-
-    def check(self, args, ratio, logs):
-        self.assertEqual(args.swa_full_tokens_ratio, ratio)
-        said = [x for x in logs.output if "swa_full_tokens_ratio" in x]
-        self.assertEqual(len(said), 1, said)
-        self.assertIn(f"Use swa_full_tokens_ratio={ratio} as set by the user", said[0])
+class TestSetMeansSet(CustomTestCase):
+    ratios = (0.05, 0.15, 0.8, 1.0)
 
     def each(self, build):
+        """build(folder, ratio) takes the ratio and says nothing of another."""
         for folder in (gemma4(), gemma4(text_only=True), gemma4("31b")):
             for ratio in self.ratios:
                 with self.subTest(folder=folder, ratio=ratio):
-                    with self.assertLogs(
-                        "sglang.srt.server_args", logging.INFO
-                    ) as logs:
+                    with patch.object(logging.getLogger(LOGGER), "info") as info:
                         args = build(folder, ratio)
-                    self.check(args, ratio, logs)
+                    self.assertEqual(ratio_of(args), ratio)
+                    self.assertNotIn("swa_full_tokens_ratio", str(info.mock_calls))
 
     def test_command_line(self):
         self.each(
@@ -222,9 +186,7 @@ class TestSetMeansSet(_Case):
 
     def test_server_args(self):
         self.each(
-            lambda folder, ratio: ServerArgs(
-                model_path=folder, device="cpu", swa_full_tokens_ratio=ratio
-            )
+            lambda folder, ratio: build(model_path=folder, swa_full_tokens_ratio=ratio)
         )
 
     def test_engine(self):
@@ -245,7 +207,9 @@ class TestSetMeansSet(_Case):
                         log_level="info",
                         swa_full_tokens_ratio=ratio,
                     )
-            return launch.call_args.kwargs["server_args"]
+            args = launch.call_args.kwargs["server_args"]
+            args.resolve_once()
+            return args
 
         self.each(build)
 
@@ -255,152 +219,90 @@ class TestSetMeansSet(_Case):
         args = parse(
             gemma4(), "--config", str(config), "--swa-full-tokens-ratio", "0.8"
         )
-        self.assertEqual(args.swa_full_tokens_ratio, 0.8)
+        self.assertEqual(ratio_of(args), 0.8)
+
+    def test_where_the_default_is_another(self):
+        """Also under disaggregation and with one buffer."""
+        for argv in (["--disaggregation-mode", "decode"], UNIFIED_MEMORY):
+            args = parse(gemma4(), "--swa-full-tokens-ratio", "0.4", *argv)
+            self.assertEqual(ratio_of(args), 0.4)
 
     def test_resolved_value_is_kept(self):
         args = parse(gemma4())
-        again = ServerArgs(
-            model_path=gemma4(),
-            device="cpu",
-            swa_full_tokens_ratio=args.swa_full_tokens_ratio,
-        )
-        self.assertEqual(again.swa_full_tokens_ratio, 0.15)
+        again = build(model_path=gemma4(), swa_full_tokens_ratio=ratio_of(args))
+        self.assertEqual(ratio_of(again), 0.15)
 
 
-class TestRefused(_Case):
+class TestRefused(CustomTestCase):
+    """A range that a given value has to be in is upstream's own check."""
+
     def test_command_line_and_config_file(self):
         config = Path(_folders.name) / "bad.yaml"
-        for text in ("0", "0.0", "-0.1", "1.01", "8", "nan", "inf", "-inf", "half", ""):
+        for text in ("0", "-0.1", "1.01", "8", "nan", "inf"):
             config.write_text(f'swa-full-tokens-ratio: "{text}"\n')
             for argv in (
                 [f"--swa-full-tokens-ratio={text}"],
                 ["--config", str(config)],
             ):
                 with self.subTest(argv=argv, text=text):
-                    error = io.StringIO()
-                    with contextlib.redirect_stderr(error):
-                        with self.assertRaises(SystemExit) as caught:
-                            # Refused before the folder is looked at.
-                            parse("/no/such/folder", *argv)
-                    self.assertEqual(caught.exception.code, 2)
-                    last = error.getvalue().strip().splitlines()[-1]
-                    self.assertIn("argument --swa-full-tokens-ratio", last)
+                    with self.assertRaisesRegex(ValueError, r"range \(0, 1.0\]"):
+                        parse(gemma4(), *argv)
+
+    def test_no_number(self):
+        for text in ("half", "0.5.1", ""):
+            with self.subTest(text=text):
+                error = io.StringIO()
+                with contextlib.redirect_stderr(error):
+                    with self.assertRaises(SystemExit) as caught:
+                        parse(gemma4(), f"--swa-full-tokens-ratio={text}")
+                self.assertEqual(caught.exception.code, 2)
+                self.assertIn("argument --swa-full-tokens-ratio", error.getvalue())
 
     def test_built_in_code(self):
-        bad = (0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.5", True, [0.5])
-        for ratio in bad:
+        for ratio in (0, 0.0, -0.1, 1.01, math.nan, math.inf):
             with self.subTest(ratio=ratio):
-                with self.assertRaisesRegex(
-                    ValueError,
-                    r"--swa-full-tokens-ratio should be a number in \(0, 1\]",
-                ):
-                    ServerArgs(
-                        model_path="/no/such/folder", swa_full_tokens_ratio=ratio
-                    )
-
-    def test_sentence(self):
-        error = io.StringIO()
-        with contextlib.redirect_stderr(error), self.assertRaises(SystemExit):
-            parse("/no/such/folder", "--swa-full-tokens-ratio", "1.5")
-        self.assertIn(
-            "argument --swa-full-tokens-ratio: should be a number in (0, 1], "
-            "but got '1.5'.",
-            error.getvalue(),
-        )
+                with self.assertRaisesRegex(ValueError, r"range \(0, 1.0\]"):
+                    build(model_path=gemma4(), swa_full_tokens_ratio=ratio)
 
 
-class TestWindowRelease(_Case):
-    def test_on_by_default(self):
-        for folder in (gemma4(), gemma4(text_only=True), gemma4("31b")):
-            with self.subTest(folder=folder):
-                for env in RELEASE_ENVS:
-                    env.clear()
-                parse(folder)
-                self.assertIs(SPLIT_LEAF.get(), True)
-                self.assertEqual(INTERVAL.get(), 0.125)
+class TestPoolSizes(CustomTestCase):
+    def solve(self, args: ServerArgs, kv_bytes: int):
+        with kv_cache_configurator(args) as configurator:
+            return configurator.config_from_budget(kv_bytes)
 
-    def test_environment_is_kept(self):
-        with SPLIT_LEAF.override("0"), INTERVAL.override("1.0"):
-            parse(gemma4())
-            self.assertIs(SPLIT_LEAF.get(), False)
-            self.assertEqual(INTERVAL.get(), 1.0)
-
-    def test_not_without_the_hybrid_pool(self):
-        args = parse(gemma4(), "--disable-hybrid-swa-memory")
-        self.assertFalse(args.get_model_config().is_hybrid_swa)
-        for env in RELEASE_ENVS:
-            self.assertFalse(env.is_set(), env.name)
-
-
-class TestPoolSizes(_Case):
-    def check(self, available_bytes, ratio, full, swa):
-        args = parse(gemma4(), "--swa-full-tokens-ratio", str(ratio))
-        config = solve(args, available_bytes)
+    def check(self, args, kv_bytes, full, swa):
+        config = self.solve(args, kv_bytes)
         self.assertEqual(config.full_max_total_num_tokens, full)
         self.assertEqual(config.swa_max_total_num_tokens, swa)
         self.assertEqual(config.max_total_num_tokens, full)
 
     def test_b200(self):
-        self.check(B200_KV_BYTES, 0.8, 593_956, 475_164)
-        self.check(B200_KV_BYTES, 0.15, 2_138_243, 320_736)
+        args = parse(gemma4(), "--swa-full-tokens-ratio", "0.8")
+        self.check(args, B200_KV_BYTES, 593_956, 475_164)
+        self.check(parse(gemma4()), B200_KV_BYTES, 2_138_243, 320_736)
 
     def test_h200(self):
-        self.check(H200_KV_BYTES, 0.8, 403_559, 322_847)
-        self.check(H200_KV_BYTES, 0.15, 1_452_813, 217_921)
+        args = parse(gemma4(), "--swa-full-tokens-ratio", "0.8")
+        self.check(args, H200_KV_BYTES, 403_559, 322_847)
+        self.check(parse(gemma4()), H200_KV_BYTES, 1_452_813, 217_921)
 
-    def test_default(self):
-        config = solve(parse(gemma4()), H200_KV_BYTES)
-        self.assertEqual(config.full_max_total_num_tokens, 1_452_813)
-        self.assertEqual(config.swa_max_total_num_tokens, 217_921)
-
-    def test_requests(self):
-        """As many at 0.15 as at 0.8: a row of the context's length is kept for each."""
-        for ratio in (0.15, 0.8):
-            for context, requests in ((16_384, 4096), (131_072, 2048)):
-                with self.subTest(ratio=ratio, context=context):
-                    argv = ["--swa-full-tokens-ratio", str(ratio)]
-                    argv += ["--context-length", str(context)]
-                    config = solve(parse(gemma4(), *argv), H200_KV_BYTES)
-                    self.assertEqual(config.max_running_requests, requests)
-        for requests in (80, 4096):
-            argv = ["--max-running-requests", str(requests)]
-            config = solve(
-                parse(gemma4(), *argv, "--context-length", "131072"), H200_KV_BYTES
-            )
-            self.assertEqual(config.max_running_requests, requests)
-
-    def test_chunks_fit_the_pool(self):
-        """Two of them beside a window of 1024 and one more, in whole pages."""
-        for argv, page_size, chunk in (
-            ([], 1, 8192),
-            (["--max-total-tokens", "50000"], 1, 2726),
-            (["--max-total-tokens", "50000"], 16, 2704),
-            (["--max-total-tokens", "50000", "--chunked-prefill-size", "512"], 1, 512),
-            (["--max-total-tokens", "50000", "--chunked-prefill-size", "-1"], 1, -1),
-            (["--max-total-tokens", "10000"], 64, 64),
-        ):
-            with self.subTest(argv=argv, page_size=page_size):
-                args = parse(gemma4(), "--chunked-prefill-size", "8192", *argv)
-                solve(args, H200_KV_BYTES, page_size)
-                self.assertEqual(args.chunked_prefill_size, chunk)
-
-    def test_pool_smaller_than_a_window(self):
-        args = parse(gemma4(), "--max-total-tokens", "6000")
-        with self.assertRaisesRegex(ValueError, "SWA pool of 900 tokens is smaller"):
-            solve(args, H200_KV_BYTES)
+    def test_text_only(self):
+        args = parse(gemma4(text_only=True))
+        self.check(args, H200_KV_BYTES, 1_452_813, 217_921)
 
     def test_pools_fit_the_memory(self):
-        for shape, full_bytes, swa_bytes in (
-            ("26b-a4b", 20_480, 204_800),
-            ("31b", 81_920, 819_200),
-        ):
-            for ratio in (0.05, 0.15, 0.5, 0.8, 1.0):
-                for page_size in (1, 16, 64):
+        for shape in ("26b-a4b", "31b"):
+            text = SHAPES[shape].text
+            num_full = text["num_hidden_layers"] // 6
+            # Keys and values of two bytes a number.
+            full_bytes = 4 * num_full * text["num_global_key_value_heads"] * 512
+            swa_bytes = 4 * 5 * num_full * text["num_key_value_heads"] * 256
+            for ratio in (0.05, 0.3, 1.0):
+                for page_size in (1, 64):
                     with self.subTest(shape=shape, ratio=ratio, page_size=page_size):
-                        args = parse(
-                            gemma4(shape), "--swa-full-tokens-ratio", str(ratio)
-                        )
-                        config = solve(args, H200_KV_BYTES, page_size)
+                        argv = ["--swa-full-tokens-ratio", str(ratio)]
+                        argv += ["--page-size", str(page_size)]
+                        config = self.solve(parse(gemma4(shape), *argv), H200_KV_BYTES)
                         full = config.full_max_total_num_tokens
                         swa = config.swa_max_total_num_tokens
                         used = full * full_bytes + swa * swa_bytes

@@ -1,6 +1,6 @@
 """Where the Gluon kernel for head size 512 is taken, and that Hopper's kernels compile.
 
-On Hopper the tests of test_extend_attention.py run it; Gluon has no interpreter.
+On Hopper the tests of test_extend_attention_hopper.py run it; Gluon has no interpreter.
 """
 
 import os
@@ -10,13 +10,12 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
-import torch
-from test_extend_attention import (  # noqa: F401
+from test_extend_attention_hopper import (  # noqa: F401
     Case,
     Inputs,
     _interpret,
     check,
-    extend_attention,
+    extend_attention_hopper,
 )
 
 WIDE = Case(dim=512, heads=2, kv_heads=1, extend=(3,), prefix=(2,))
@@ -26,43 +25,34 @@ WIDE = Case(dim=512, heads=2, kv_heads=1, extend=(3,), prefix=(2,))
     "case,taken",
     [
         (WIDE, True),
-        (replace(WIDE, window=2), True),
-        (replace(WIDE, dtype=torch.bfloat16), True),
-        (replace(WIDE, dtype=torch.float32), False),
-        (replace(WIDE, kv_dtype=torch.float8_e5m2), False),
         (replace(WIDE, dim=256), False),
-        (replace(WIDE, v_dim=256), False),
-        (replace(WIDE, causal=False), False),
-        (replace(WIDE, mask="tree"), False),
+        (replace(WIDE, dim=496), False),
+        (replace(WIDE, window=2), False),
         (replace(WIDE, sinks=True), False),
         (replace(WIDE, cap=30.0), False),
-        (replace(WIDE, temperature_len=2), False),
-        (replace(WIDE, k_scale=0.5), False),
-        (replace(WIDE, v_scale=2.0), False),
-        (replace(WIDE, unified=True), False),
     ],
     ids=str,
 )
-def test_where_the_hopper_kernel_is_taken(case, taken, monkeypatch):
+def test_where_it_is_taken(case, taken, monkeypatch):
     """It computes what it is given; all else stays with the Triton kernel."""
     fused = mock.Mock()
-    monkeypatch.setattr(extend_attention, "_is_hopper", True)
-    monkeypatch.setattr(
-        extend_attention, "extend_attention_fwd_gluon", fused, raising=False
-    )
-    if taken or case.kv_dtype:
-        # What 8 bits leave of a few keys is tested with more of them.
+    monkeypatch.setattr(extend_attention_hopper, "_get_gluon_fwd", lambda: fused)
+    if taken:
         Inputs(case).run()
     else:
         check(case)
     assert fused.called == taken
 
 
-def test_the_hopper_kernel_stays_out_elsewhere():
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        assert extend_attention._is_hopper
-    else:
-        assert not extend_attention._is_hopper
+def test_without_gluon_the_triton_kernel_answers(monkeypatch, caplog):
+    name = "sglang.kernels.ops.attention.extend_attention_gluon"
+    monkeypatch.setitem(sys.modules, name, None)  # as if its import failed
+    extend_attention_hopper._get_gluon_fwd.cache_clear()
+    check(WIDE)
+    check(WIDE)
+    extend_attention_hopper._get_gluon_fwd.cache_clear()
+    told = [r for r in caplog.records if "head size 512" in r.getMessage()]
+    assert len(told) == 1
 
 
 COMPILE = """
@@ -73,13 +63,11 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from sglang.srt.layers.attention.triton_ops import extend_attention as triton_ops
-from sglang.srt.layers.attention.triton_ops import extend_attention_gluon as gluon
+from sglang.kernels.ops.attention import extend_attention_gluon as gluon
+from sglang.kernels.ops.attention import extend_attention_hopper as hopper
 
-TYPES = dict(kv_indices="*i64", qo_indptr="*i64", kv_indptr="*i32", prefix_lens="*i32")
-TYPES |= dict.fromkeys(
-    ("qk_scale", "sm_scale", "k_scale", "v_scale", "sm_scale_withk"), "fp32"
-)
+TYPES = dict(kv_indices="*i64", qo_indptr="*i64", kv_indptr="*i32")
+TYPES |= dict.fromkeys(("qk_scale", "sm_scale"), "fp32")
 
 
 def compile_for_hopper(source, kernel, **constants):
@@ -105,42 +93,44 @@ def compile_for_hopper(source, kernel, **constants):
     assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
 
 
-window = int(sys.argv[1])
-compile_for_hopper(
-    GluonASTSource,
-    gluon._fwd_kernel_gluon,
-    SLIDING_WINDOW_SIZE=window,
-    HEAD_DIM=gluon.HEAD_DIM,
-    BLOCK_M=gluon.BLOCK_M,
-    BLOCK_N=gluon.BLOCK_N,
-)
-common = dict(SLIDING_WINDOW_SIZE=window, logit_cap=0.0, xai_temperature_len=-1)
-common |= dict(Lq=256, Lv=256, BLOCK_DMODEL=256, BLOCK_DPE=0, BLOCK_DV=256)
-common |= dict(BLOCK_M=128, BLOCK_N=64, NUM_STAGES=2, IS_CAUSAL=True)
-common |= dict(mask_ptr=None, mask_indptr=None, sink_ptr=None)
-common |= dict(USE_CUSTOM_MASK=False, HAS_SINK=False)
-compile_for_hopper(
-    ASTSource,
-    triton_ops._fwd_kernel,
-    **common,
-    PREFIX_BLOCK_N=64,
-    PREFIX_NUM_STAGES=2,
-    SKIP_PREFIX_CUSTOM_MASK=True,
-    STORE_TRANSPOSE=False,
-    window_kv_offset_ptr=None,
-)
-compile_for_hopper(ASTSource, triton_ops._fwd_kernel_unified, **common)
+if sys.argv[1] == "gluon":
+    compile_for_hopper(
+        GluonASTSource,
+        gluon._fwd_kernel_gluon,
+        HEAD_DIM=gluon.HEAD_DIM,
+        BLOCK_M=gluon.BLOCK_M,
+        BLOCK_N=gluon.BLOCK_N,
+    )
+else:
+    BLOCK_M, BLOCK_N, num_stages, _ = hopper._get_tiles(256)
+    compile_for_hopper(
+        ASTSource,
+        hopper._fwd_kernel_hopper,
+        SLIDING_WINDOW_SIZE=int(sys.argv[1]),
+        LOGIT_CAP=0.0,
+        HEAD_DIM=256,
+        BLOCK_D=256,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        NUM_STAGES=num_stages,
+        HAS_SINK=False,
+        sink_ptr=None,
+    )
 """
 
 
-@pytest.mark.parametrize("window", [-1, 1023])
-def test_extend_compiles_for_hopper_without_a_gpu(window):
+@pytest.mark.parametrize("what", ["gluon", "-1", "1023"])
+def test_it_compiles_for_hopper_without_a_gpu(what):
     """With the backend's types, into the shared memory, with Hopper's instructions."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(window)],
+        [sys.executable, "-c", COMPILE, what],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

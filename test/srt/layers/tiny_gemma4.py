@@ -32,14 +32,12 @@ def load_model(folder: str, port: int):
     )
     from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.models import gemma4_causal
-    from sglang.srt.server_args import (
-        ServerArgs,
-        set_global_server_args_for_scheduler,
-    )
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils.hf_transformers_utils import get_config
 
     server_args = ServerArgs(model_path="dummy", device="cpu")
-    set_global_server_args_for_scheduler(server_args)
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0))
     init_distributed_environment(
         world_size=1,
         rank=0,
@@ -48,7 +46,7 @@ def load_model(folder: str, port: int):
         backend="gloo",
     )
     initialize_model_parallel()
-    initialize_moe_config(server_args)
+    initialize_moe_config()
     config = get_config(folder, trust_remote_code=False)
     model = gemma4_causal.Gemma4ForCausalLM(config)
     weights = load_file(os.path.join(folder, "model.safetensors"))

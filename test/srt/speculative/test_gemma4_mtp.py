@@ -7,27 +7,15 @@ wrong elsewhere, so that steps accept none, some and all of a draft.
 """
 
 import importlib.util
-import os
 import threading
 import time
 import unittest
 from pathlib import Path
-from unittest import mock
 
 import requests
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang.srt.configs.gemma4_assistant import Gemma4AssistantConfig
-from sglang.srt.server_args import ServerArgs
-from sglang.srt.speculative.eagle_utils import (
-    build_tree_kernel_efficient,
-    verify_tree_greedy_func,
-)
-from sglang.srt.speculative.frozen_kv_mtp_worker import FrozenKVMTPWorker
-from sglang.srt.speculative.frozen_kv_mtp_worker_v2 import FrozenKVMTPWorkerV2
-from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-from sglang.srt.utils.hf_transformers_utils import get_config
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -84,33 +72,39 @@ def tearDownModule():
     parity.tearDownModule()
 
 
-def server_args() -> list:
-    """Of a server that drafts, in pools too small for all requests."""
-    return [
-        *parity.TIGHT_FULL,
-        *("--speculative-algorithm", "NEXTN"),
-        *("--speculative-draft-model-path", f"{parity.FOLDERS}/draft"),
+class Drafting(parity.Served):
+    """A server that drafts, in pools too small for all requests."""
+
+    folder, dtype = "multimodal", "float32"
+    draft_args = [
         *("--speculative-num-steps", str(STEPS)),
         *("--speculative-num-draft-tokens", str(STEPS + 1)),
         *("--speculative-eagle-topk", "1"),
     ]
-
-
-class TestMTPFloat32Tight(parity.Parity, CustomTestCase):
-    folder, dtype = "multimodal", "float32"
+    more_args = []
 
     @classmethod
     def setUpClass(cls):
-        cls.server_args = server_args()
+        cls.server_args = [
+            *parity.TIGHT_FULL,
+            *("--speculative-algorithm", "NEXTN"),
+            *("--speculative-draft-model-path", f"{parity.FOLDERS}/draft"),
+            *cls.draft_args,
+            *cls.more_args,
+        ]
         cls.accepted = set()
         super().setUpClass()
 
     def generate(self, *args, **kwargs):
         answers = super().generate(*args, **kwargs)
         for answer in answers if isinstance(answers, list) else [answers]:
-            histogram = answer["meta_info"].get("spec_accept_histogram", [])
+            histogram = answer["meta_info"].get("spec_correct_drafts_histogram", [])
             type(self).accepted |= {n for n, count in enumerate(histogram) if count}
         return answers
+
+
+class DraftingParity(Drafting, parity.Parity):
+    """The cases of the parity test, and some of drafts."""
 
     def test_prefix_cache_hit(self):
         """As there, but the cache of a server that drafts knows pairs of tokens, and
@@ -177,131 +171,8 @@ class TestMTPFloat32Tight(parity.Parity, CustomTestCase):
         self.assertEqual(response.json()["output_ids"], tokens[:end])
 
 
-class TestStart(CustomTestCase):
-    def test_config_of_the_assistant(self):
-        config = get_config(f"{parity.FOLDERS}/draft", trust_remote_code=False)
-        self.assertIsInstance(config, Gemma4AssistantConfig)
-        self.assertEqual(config.text_config.num_hidden_layers, 4)
-        self.assertEqual(config.backbone_hidden_size, parity.TINY["hidden_size"])
-
-    def test_max_running_requests_follow_the_graphs(self):
-        for given, graphs, expected in ((None, 256, 256), (None, 8, 48), (7, 256, 7)):
-            with mock.patch.object(ServerArgs, "__post_init__", lambda self: None):
-                args = ServerArgs(model_path="target", max_running_requests=given)
-            args.speculative_algorithm = "NEXTN"
-            args.speculative_draft_model_path = f"{parity.FOLDERS}/draft"
-            args.cuda_graph_max_bs = graphs
-            args._handle_speculative_decoding()
-            self.assertEqual(args.max_running_requests, expected)
-
-    def test_chains_overlap_with_the_scheduler(self):
-        """Drafts with branches wait for each step (spec v1), as does what needs the
-        host to know the lengths or what was accepted, or the draft's hidden states."""
-        chain = dict(steps=3, topk=1, tokens=4)
-        for changed, overlaps in (
-            ({}, True),
-            (dict(steps=None, topk=None, tokens=None), True),
-            (dict(steps=1, tokens=2), True),
-            (dict(tokens=3), True),
-            (dict(tokens=None), True),
-            (dict(topk=2, tokens=5), False),
-            (dict(dp=True), False),
-            (dict(env="0"), False),
-            (dict(disaggregation="prefill"), False),
-            (dict(backend="triton"), True),
-            (dict(backend="fa3"), False),
-            (dict(backend="triton", decode="flashinfer"), False),
-            (dict(backend="triton", draft="flashinfer"), False),
-            (dict(processor=True), False),
-            (dict(hidden_states=True), False),
-        ):
-            given = {**chain, **changed}
-            with mock.patch.object(ServerArgs, "__post_init__", lambda self: None):
-                args = ServerArgs(
-                    model_path="target",
-                    speculative_algorithm="NEXTN",
-                    speculative_draft_model_path=f"{parity.FOLDERS}/draft",
-                    speculative_num_steps=given["steps"],
-                    speculative_eagle_topk=given["topk"],
-                    speculative_num_draft_tokens=given["tokens"],
-                    enable_dp_attention=given.get("dp", False),
-                    disaggregation_mode=given.get("disaggregation", "null"),
-                    attention_backend=given.get("backend"),
-                    decode_attention_backend=given.get("decode"),
-                    speculative_draft_attention_backend=given.get("draft"),
-                    enable_custom_logit_processor=given.get("processor", False),
-                    enable_return_hidden_states=given.get("hidden_states", False),
-                )
-            env = {"SGLANG_ENABLE_SPEC_V2": given.get("env", "1")}
-            with mock.patch.dict(os.environ, env):
-                args._handle_speculative_decoding()
-            with self.subTest(**changed):
-                self.assertEqual(args.disable_overlap_schedule, not overlaps)
-                if args.speculative_eagle_topk == 1:
-                    steps = given["steps"] or 3
-                    self.assertEqual(args.speculative_num_steps, steps)
-                    self.assertEqual(args.speculative_num_draft_tokens, steps + 1)
-                worker = SpeculativeAlgorithm.FROZEN_KV_MTP.create_worker(args)
-                expected = FrozenKVMTPWorkerV2 if overlaps else FrozenKVMTPWorker
-                self.assertIs(worker, expected)
-
-
-class TestNativeTree(CustomTestCase):
-    """The CPU's tree and its verification, on a tree that was drawn by hand.
-
-        0 (bonus) -> 1, 2;  1 -> 3, 4;  2 -> 5
-
-    Candidates are numbered as two drafts of topk = 2: 0, 1 first, then 2, 3 from the
-    first of these and 4, 5 from the second.
-    """
-
-    def test_by_hand(self):
-        seq_len, num = 3, 6
-        parents = torch.tensor([[-1, 0, 1]])
-        selected = torch.tensor([[0, 1, 2, 3, 4]])
-        tokens = torch.tensor([[11, 12, 13, 14, 15]])
-        mask, positions, index, child, sibling, draft = build_tree_kernel_efficient(
-            torch.tensor([10]),
-            parents,
-            selected,
-            tokens,
-            torch.tensor([seq_len]),
-            seq_len,
-            2,
-            2,
-            num,
-        )
-        sees = mask.view(num, seq_len + num)
-        self.assertTrue(sees[:, :seq_len].all())
-        expected = [{0}, {0, 1}, {0, 2}, {0, 1, 3}, {0, 1, 4}, {0, 2, 5}]
-        got = [set(row.nonzero()[:, 0].tolist()) for row in sees[:, seq_len:]]
-        self.assertEqual(got, expected)
-        self.assertEqual(positions.tolist(), [3, 4, 4, 5, 5, 5])
-        self.assertEqual(draft.tolist(), [10, 11, 12, 13, 14, 15])
-
-        for predicted, path in (
-            ([12, 0, 15, 0, 0, 9], [0, 2, 5]),
-            ([11, 14, 0, 0, 7, 0], [0, 1, 4]),
-            ([99, 0, 0, 0, 0, 0], [0]),
-        ):
-            predicts = torch.full((num + 1,), -1, dtype=torch.int32)
-            accept = torch.full((1, 3), -1, dtype=torch.int32)
-            count = torch.empty(1, dtype=torch.int32)
-            verify_tree_greedy_func(
-                predicts,
-                accept,
-                count,
-                draft.view(1, num),
-                index,
-                child,
-                sibling,
-                torch.tensor([predicted]),
-                topk=2,
-            )
-            self.assertEqual(accept[0][accept[0] >= 0].tolist(), path)
-            self.assertEqual(count.item(), len(path) - 1)
-            for node in path:
-                self.assertEqual(predicts[node].item(), predicted[node])
+class TestMTPFloat32Tight(DraftingParity, CustomTestCase):
+    """With the overlap scheduler, which is the default."""
 
 
 if __name__ == "__main__":
