@@ -17,11 +17,12 @@ sys.path.insert(0, str(HOUSE))
 
 sys.path.insert(0, str(ROOT / "python"))
 
-import fork.base  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
 import serving  # noqa: E402
 from checkpoint import write_checkpoint  # noqa: E402
+
+import fork.base  # noqa: E402
 
 CASE = {"load": "chat 31/31, 8 prompts", "mtp": "off"}
 BASE = f"base+{serving.CPU_BLOCKERS}"

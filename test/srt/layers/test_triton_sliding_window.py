@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 import window_layer
+from window_layer import DEVICE, WindowLayer, listed
+
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from window_layer import DEVICE, WindowLayer, listed
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 register_cuda_ci(est_time=20, suite="stage-b-test-1-gpu-small")

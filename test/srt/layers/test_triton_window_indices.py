@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import window_layer
+from torch.utils._python_dispatch import TorchDispatchMode
+from window_layer import WindowLayer, listed
+
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from window_layer import WindowLayer, listed
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 register_cuda_ci(est_time=10, suite="stage-b-test-1-gpu-small")

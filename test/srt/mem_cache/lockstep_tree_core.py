@@ -10,6 +10,7 @@ import inspect
 from typing import Any, Dict
 
 import torch
+
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams
 from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import (

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 import torch
+
 from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator

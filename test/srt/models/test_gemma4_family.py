@@ -14,6 +14,7 @@ import unittest
 from pathlib import Path
 
 import torch
+
 from sglang.srt.utils.hf_transformers import get_config
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase

@@ -20,6 +20,7 @@ import pytest
 import requests
 import torch
 import transformers
+
 from sglang.srt.utils import kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
 from sglang.test.test_utils import (

@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import window_models
+from window_models import MODELS
 
 import sglang
-import window_models
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from window_models import MODELS
 
 register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
 register_cuda_ci(est_time=120, suite="stage-b-test-1-gpu-small")
