@@ -43,13 +43,17 @@ class Assistant:
         return SimpleNamespace(logits_output=output)
 
 
+class Worker(frozen_kv_mtp_worker_v2.FrozenKVMTPDraftWorker):
+    draft_model_runner = property(lambda self: self.assistant)
+
+
 def draft(assistant, bonus_tokens, hidden_states):
     """FrozenKVMTPDraftWorker.draft_forward with topk 1."""
-    worker = object.__new__(frozen_kv_mtp_worker_v2.FrozenKVMTPDraftWorker)
+    worker = object.__new__(Worker)
     worker.topk, worker.speculative_num_steps = 1, STEPS
     worker.speculative_num_draft_tokens = STEPS + 1
     worker.device, worker.draft_attn_backend = "cpu", None
-    worker.model_runner = assistant
+    worker.assistant = assistant
     steps = torch.arange(STEPS).repeat(len(bonus_tokens), 1)
     worker._chain_parents, worker._chain_score_indices = steps - 1, steps
     worker._set_positions = lambda forward_batch: None
