@@ -298,7 +298,12 @@ def _moe_outputs(folder: str, port: int) -> list:
     for layer in model.model.layers:
         outputs = {}
         hidden_states = torch.randn(37, config.hidden_size)
-        fused = mock.Mock(wraps=gemma4_causal.gemma4_fused_routing)
+        routing = gemma4_causal.gemma4_fused_routing
+        fused = mock.Mock(
+            side_effect=lambda logits, *rest: routing(
+                logits.as_subclass(torch.Tensor), *rest
+            )
+        )
         for name in ("fused", "torch"):
             with mock.patch.multiple(
                 gemma4_causal, gemma4_fused_routing=fused
