@@ -380,9 +380,8 @@ load_plugins()
 import sglang.srt.speculative.spec_utils as spec
 model = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
 loader.initialize_dummy_weights(model)
-import sglang.srt.speculative.eagle_utils as caller
 index, predict = torch.arange(8).view(2, 4), torch.zeros(8, dtype=torch.int32)
-caller.generate_simulated_accept_index(
+spec.generate_simulated_accept_index(
     accept_index=index, predict=predict, num_correct_drafts=torch.zeros(2),
     candidates=None, target_predict=None, bs=2, spec_steps=3)
 print(json.dumps([model.weight.std().item(), predict.tolist()]))
