@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def test(project: Project, files: list[str]) -> None:
     """Runs these tests, or every test of the series; ends with pytest's status.
 
     Of a living series each file of test/srt/ is run alone, as upstream runs it: what one
-    imports for Triton's interpreter, or publishes, is not another's. Two run at a time.
+    imports for Triton's interpreter, or publishes, is not another's. The other tests run
+    beside them, two at a time.
     """
     if not project.complete():
         Tree(project).checkout()
@@ -61,15 +63,18 @@ def test(project: Project, files: list[str]) -> None:
     if files or project.complete() or not alone:
         os.execve(sys.executable, [*pytest, *(files or ["test"])], env)
 
-    def run(file: Path) -> int:
-        done = subprocess.run([*pytest, file], env=env, capture_output=True, text=True)
-        print(done.stdout, done.stderr, sep="", end="", flush=True)
+    def run(chosen: list[Path | str]) -> int:
+        started = time.monotonic()
+        command = [*pytest, "--durations=3", "--durations-min=10", *chosen]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        print(done.stdout, done.stderr, sep="", end="")
+        say(f"{chosen[0]}: {time.monotonic() - started:.0f} s.")
         return done.returncode
 
+    # The longest first: the two then end at about the same time.
+    parts = [["test", "--ignore=test/srt"], *([file] for file in alone)]
     with ThreadPoolExecutor(2) as pool:
-        failed = [f for f, code in zip(alone, pool.map(run, alone)) if code not in OK]
-    rest = subprocess.run([*pytest, "test", "--ignore=test/srt"], env=env)
-    if rest.returncode:
-        failed.append(Path("test"))
+        codes = pool.map(run, parts)
+        failed = [str(p[0]) for p, code in zip(parts, codes) if code not in OK]
     if failed:
-        raise ForkError(f"tests failed: {', '.join(map(str, failed))}.")
+        raise ForkError(f"tests failed: {', '.join(failed)}.")
