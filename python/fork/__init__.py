@@ -8,6 +8,7 @@ series      reads patches into commits, and writes commits as patches
 tree        python/sglang: ``checkout`` and ``export``
 upstream    the series as complete pull requests, tests and all
 complete    where the tests of a series are, and how they are run
+alone       runs files of tests in processes of their own
 verify      proves that patches/ and python/sglang are what they should be
 prove       proves of each patch that its tests fail without it
 build       the PEP 517 backend behind ``pip install ./python``

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fork import base, series
-from fork.errors import ForkError
 from fork.process import say
 from fork.project import Project
 from fork.tree import Tree
 from fork.upstream import repository
-
-OK = (0, 5)  # pytest's statuses: all passed; all are for a GPU
 
 
 def home(project: Project) -> Path:
@@ -63,18 +58,7 @@ def test(project: Project, files: list[str]) -> None:
     if files or project.complete() or not alone:
         os.execve(sys.executable, [*pytest, *(files or ["test"])], env)
 
-    def run(chosen: list[Path | str]) -> int:
-        started = time.monotonic()
-        command = [*pytest, "--durations=3", "--durations-min=10", *chosen]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        print(done.stdout, done.stderr, sep="", end="")
-        say(f"{chosen[0]}: {time.monotonic() - started:.0f} s.")
-        return done.returncode
-
-    # The longest first: the two then end at about the same time.
-    parts = [["test", "--ignore=test/srt"], *([file] for file in alone)]
-    with ThreadPoolExecutor(2) as pool:
-        codes = pool.map(run, parts)
-        failed = [str(p[0]) for p, code in zip(parts, codes) if code not in OK]
-    if failed:
-        raise ForkError(f"tests failed: {', '.join(failed)}.")
+    # The longest first, so that the two end at about the same time.
+    parts = [["test", "--ignore=test/srt"], *([str(file)] for file in alone)]
+    command = [sys.executable, "-m", "fork.alone", json.dumps(parts)]
+    os.execve(sys.executable, command, env)
