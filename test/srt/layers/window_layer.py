@@ -47,6 +47,7 @@ HELD = [
         f"{KERNELS}.attention.kv_indices",
         "create_flashinfer_kv_indices_triton",
     ),
+    (triton_backend, f"{KERNELS}.attention.metadata", "get_num_kv_splits_triton"),
     (triton_backend, DRAFTS, "generate_draft_decode_kv_indices"),
     (triton_backend, DRAFTS, "generate_draft_decode_window_kv_indices"),
 ]
