@@ -1,0 +1,332 @@
+"""Gemma 4's answers as /v1/chat/completions and /v1/responses give them, whole and
+streamed: reasoning, content, and the index, name and arguments of each call."""
+
+import asyncio
+import json
+import random
+import re
+import sys
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from sglang.srt.entrypoints.openai import serving_chat, serving_responses
+from sglang.srt.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    ResponsesRequest,
+)
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "function_call"))
+from gemma4_answers import (  # noqa: E402
+    ANSWERS,
+    CHANNEL_END,
+    CHANNEL_START,
+    MORE_ANSWERS,
+    MORE_THOUGHTS,
+    THOUGHTS,
+    TOOLS,
+    call,
+    loads,
+)
+
+register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+
+SERVING = SimpleNamespace(
+    default_chat_template_kwargs=None,
+    incremental_streaming_output=False,
+    stream_response_default_include_usage=False,
+    enable_cache_report=False,
+    return_input_ids=False,
+    return_output_ids=False,
+    enable_response_store=False,
+)
+QUESTION = {"role": "user", "content": "How much?"}
+
+
+class Tokenizer:
+    """Markers are tokens, and so are characters."""
+
+    chat_template = "enable_thinking"
+    bos_token_id = -1
+    _PIECES = re.compile(r"<\|[a-z_]+>|<[a-z_]+\|>|.", re.DOTALL)
+
+    def __init__(self):
+        self._tokens = []
+
+    def convert_tokens_to_ids(self, tokens):
+        for token in tokens:
+            if token not in self._tokens:
+                self._tokens.append(token)
+        return [self._tokens.index(token) for token in tokens]
+
+    def encode(self, text, **kwargs):
+        return self.convert_tokens_to_ids(self._PIECES.findall(text))
+
+    def decode(self, ids, **kwargs):
+        return "".join(self._tokens[index] for index in ids)
+
+    def apply_chat_template(
+        self, messages, tokenize, open_thought=False, enable_thinking=False, **kwargs
+    ):
+        text = "".join(
+            f"<|turn>{message['role']}\n{message['content']}<turn|>\n"
+            for message in messages
+        )
+        text += "<|turn>model\n"
+        if open_thought:
+            text += f"{CHANNEL_START}thought\n"
+        elif not enable_thinking:
+            text += f"{CHANNEL_START}thought\n{CHANNEL_END}"
+        return self.encode(text) if tokenize else text
+
+
+class TokenizerManager:
+    """Answers with `text`, up to each of `ends` where the request streams."""
+
+    served_model_name = model_path = "gemma"
+    server_args = SimpleNamespace(tool_call_parser="gemma4", reasoning_parser="gemma4")
+
+    def __init__(self, is_multimodal, text, ends, finish):
+        self.tokenizer = Tokenizer()
+        self.model_config = SimpleNamespace(
+            is_multimodal=is_multimodal,
+            hf_config=SimpleNamespace(
+                model_type="gemma4", architectures=["Gemma4ForConditionalGeneration"]
+            ),
+            get_default_sampling_params=lambda: {},
+        )
+        self.text, self.ends = text, ends
+        self.finish = {"type": finish, "matched": 106}
+
+    def config_value(self, name):
+        return getattr(self.server_args, name, None)
+
+    def create_abort_task(self, request):
+        return None
+
+    async def generate_request(self, request, raw_request):
+        for end in [*(self.ends if request.stream else ()), len(self.text)]:
+            is_last = end == len(self.text)
+            yield {
+                "index": 0,
+                "text": self.text[:end],
+                "output_ids": [],
+                "meta_info": {
+                    "id": "1",
+                    "finish_reason": self.finish if is_last else None,
+                    "prompt_tokens": 1,
+                    "completion_tokens": end,
+                    "weight_version": "1",
+                },
+            }
+
+
+def template_manager():
+    return SimpleNamespace(
+        chat_template_name=None,
+        jinja_template_content_format="string",
+        jinja_template_may_reorder_tool_results=False,
+        python_chat_template=None,
+        reasoning_config=None,
+        force_reasoning=False,
+    )
+
+
+def random_ends(text):
+    """Where the pieces of a stream end: each character, and cut at random."""
+    generator = random.Random(text)
+    places = range(1, len(text))
+    yield list(places)
+    for count in (1, 3, 10):
+        yield sorted(generator.sample(places, min(count, len(places))))
+
+
+class Answers:
+    """The answers that both APIs give."""
+
+    def setUp(self):
+        disagg = SimpleNamespace(disaggregation_mode="null")
+        for module in (serving_chat, serving_responses):
+            patch = mock.patch.object(module, "get_serving", lambda: SERVING)
+            patch.start()
+            self.addCleanup(patch.stop)
+        patch = mock.patch.object(serving_responses, "get_disagg", lambda: disagg)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def serve(self, text, ends=(), is_multimodal=False, finish="stop"):
+        manager = TokenizerManager(is_multimodal, text, ends, finish)
+        return self.serving_class(manager, template_manager())
+
+    def check(self, text, reasoning, content, calls, finish="stop", **kwargs):
+        """The same answer whole and streamed; `kwargs` of serve() and the request."""
+        is_multimodal = kwargs.pop("is_multimodal", False)
+        served = {"is_multimodal": is_multimodal, "finish": finish}
+        whole = self.read_whole(self.ask(self.serve(text, **served), False, **kwargs))
+        self.assertEqual((*whole[:2], loads(whole[2])), (reasoning, content, calls))
+        if finish == "stop" and calls:
+            finish = "tool_calls"
+        self.assertIn(whole[3], (finish, None))
+        for ends in random_ends(text):
+            chunks = self.ask(self.serve(text, ends, **served), True, **kwargs)
+            self.assertEqual(self.read_stream(chunks), whole)
+
+    def test_answers(self):
+        for name, text, calls, content in ANSWERS + MORE_ANSWERS:
+            with self.subTest(name):
+                self.check(text, "", content, calls)
+
+    def test_thoughts(self):
+        """The flag is on for all; only the prompt tells the open thoughts."""
+        for name, text, is_open, reasoning, calls, content in THOUGHTS + MORE_THOUGHTS:
+            kwargs = {"enable_thinking": True, "open_thought": is_open}
+            for is_multimodal in (False, True):
+                with self.subTest(name, is_multimodal=is_multimodal):
+                    self.check(
+                        text,
+                        reasoning,
+                        content,
+                        calls,
+                        is_multimodal=is_multimodal,
+                        chat_template_kwargs=kwargs,
+                    )
+
+    def test_flag_off(self):
+        """A thought is one even if nobody asked for it, and if the prompt has it open."""
+        text = f"{CHANNEL_START}thought\nHm.{CHANNEL_END}It is 5."
+        self.check(text, "Hm.", "It is 5.", [])
+        self.check(
+            f"Hm.{CHANNEL_END}It is 5.",
+            "Hm.",
+            "It is 5.",
+            [],
+            chat_template_kwargs={"open_thought": True},
+        )
+
+    def test_cut_by_length(self):
+        text = call("query:|x").removesuffix("}<tool_call|>")
+        calls = [("web_search", {"query": "x"})]
+        self.check(text, "", "", calls, finish="length")
+
+
+class TestGemma4Chat(Answers, CustomTestCase):
+    serving_class = OpenAIServingChat
+
+    def ask(self, chat, stream, **kwargs):
+        """The response, or the chunks of a stream."""
+        request = ChatCompletionRequest(
+            **{"messages": [QUESTION], **kwargs},
+            model="gemma",
+            tools=TOOLS,
+            stream=stream,
+        )
+        adapted, request = chat._convert_to_internal_request(request, None)
+
+        async def collect():
+            if not stream:
+                return await chat._handle_non_streaming_request(adapted, request, None)
+            chunks = chat._generate_chat_stream(adapted, request, None)
+            return [chunk async for chunk in chunks]
+
+        return asyncio.run(collect())
+
+    def read_whole(self, response):
+        """Reasoning, content, calls and finish reason."""
+        choice = response.choices[0]
+        self.assertEqual(choice.message.role, "assistant")
+        calls = choice.message.tool_calls or []
+        self.assertEqual([c.index for c in calls], list(range(len(calls))))
+        self.assertEqual(len({c.id for c in calls}), len(calls))
+        functions = [(c.function.name, c.function.arguments) for c in calls]
+        reasoning = choice.message.reasoning_content or ""
+        return reasoning, choice.message.content, functions, choice.finish_reason
+
+    def read_stream(self, chunks):
+        self.assertEqual(chunks.pop(), "data: [DONE]\n\n")
+        choices = [json.loads(c.removeprefix("data: "))["choices"][0] for c in chunks]
+        deltas = [choice["delta"] for choice in choices]
+        self.assertEqual(deltas[0]["role"], "assistant")
+        self.assertFalse([d for d in deltas[1:] if d.get("role")])
+        calls = []
+        for delta in deltas:
+            for part in delta.get("tool_calls") or []:
+                function = part["function"]
+                if part.get("id"):
+                    self.assertEqual(part["index"], len(calls))
+                    calls.append((function["name"], ""))
+                self.assertEqual(part["index"], len(calls) - 1)
+                name, arguments = calls[-1]
+                calls[-1] = (name, arguments + (function.get("arguments") or ""))
+        finishes = [choice["finish_reason"] for choice in choices]
+        self.assertEqual(set(finishes[:-1]), {None})
+        reasoning = "".join(d.get("reasoning_content") or "" for d in deltas)
+        content = "".join(d.get("content") or "" for d in deltas)
+        return reasoning, content, calls, finishes[-1]
+
+    def test_thought_continued(self):
+        message = {"role": "assistant", "content": f"{CHANNEL_START}thought\nI"}
+        self.check(
+            f" look{CHANNEL_END}It is 5.",
+            " look",
+            "It is 5.",
+            [],
+            messages=[QUESTION, message],
+            continue_final_message=True,
+        )
+
+
+class TestGemma4Responses(Answers, CustomTestCase):
+    serving_class = OpenAIServingResponses
+
+    def ask(self, responses, stream, **kwargs):
+        tools = [
+            {"type": "function", **tool.function.model_dump(exclude_none=True)}
+            for tool in TOOLS
+        ]
+        request = ResponsesRequest(
+            model="gemma", input="How much?", tools=tools, stream=stream, **kwargs
+        )
+
+        async def collect():
+            response = await responses.create_responses(request, None)
+            return [event async for event in response] if stream else response
+
+        return asyncio.run(collect())
+
+    def read_whole(self, response):
+        return self.read_output([item.model_dump() for item in response.output])
+
+    def read_output(self, output):
+        texts = {"reasoning": "", "message": ""}
+        calls = []
+        for item in output:
+            if item["type"] == "function_call":
+                calls.append((item["name"], item["arguments"]))
+            else:
+                texts[item["type"]] += "".join(c["text"] for c in item["content"])
+        return texts["reasoning"], texts["message"], calls, None
+
+    def read_stream(self, events):
+        data = [re.search("^data: (.*)", event, re.M)[1] for event in events]
+        events = [json.loads(text) for text in data if text != "[DONE]"]
+        answer = self.read_output(events[-1]["response"]["output"])
+        deltas = {
+            "reasoning_text": "",
+            "output_text": "",
+            "function_call_arguments": "",
+        }
+        for event in events:
+            if event["type"].endswith(".delta"):
+                deltas[event["type"].split(".")[1]] += event["delta"]
+        arguments = "".join(arguments for _, arguments in answer[2])
+        self.assertEqual(tuple(deltas.values()), (*answer[:2], arguments))
+        return answer
+
+
+if __name__ == "__main__":
+    unittest.main()
