@@ -4,13 +4,14 @@ import json
 from functools import cache
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from sglang.srt.constrained.llguidance_backend import GuidanceBackend
 from sglang.srt.constrained.outlines_backend import OutlinesGrammarBackend
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBackend
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.parser.reasoning_parser import ReasoningParser
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 EOS, START, END = "<turn|>", "<|channel>", "<channel|>"
 SCHEMA = json.dumps(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sglang.srt.constrained.grammar_manager import GrammarManager
 from sglang.srt.entrypoints.openai.protocol import (
     ChatCompletionRequest,
@@ -26,7 +27,6 @@ sys.path[:0] = [
     str(Path(__file__).parents[1] / "entrypoints"),
 ]
 import gemma4_serving  # noqa: E402
-
 import reasoner_walk  # noqa: E402
 from reasoner_walk import (  # noqa: E402
     ANSWER,

@@ -4,6 +4,7 @@ import unittest
 from types import SimpleNamespace
 
 import torch
+
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput

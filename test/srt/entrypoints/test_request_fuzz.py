@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel
+
 from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from sglang.srt.entrypoints.openai import protocol
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput

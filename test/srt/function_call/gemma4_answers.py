@@ -3,6 +3,7 @@
 import json
 
 from hypothesis import strategies as st
+
 from sglang.srt.entrypoints.openai.protocol import Tool
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.function_call.gemma4_format import (
