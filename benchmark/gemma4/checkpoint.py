@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -46,7 +47,7 @@ DTYPES = {
 }
 RECIPE_FILE = "checkpoint.json"
 # Raised whenever the same arguments begin to give another folder.
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 CONFIG_FORMATS = ("flat", "per-layer")
 CLIP_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 MAX_SHARD_BYTES = 2 * 10**9
@@ -632,6 +633,9 @@ def on_meta(config) -> dict[str, torch.Tensor]:
 def _generator(seed: int, name: str, device: str) -> torch.Generator:
     # A text-only folder gets the text weights of the full one.
     name = name.replace("language_model.", "")
+    # Projections of the same input clip it alike.
+    if name.endswith(CLIP_BOUNDS[:2]):
+        name = re.sub(r"\b(q|k|v|gate|up)_proj\b", "proj", name)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device)
     generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
