@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Dict, Iterable, List, Set
 
 import torch
-
 from sglang.kernels.ops.speculative.cache_locs import (
     assign_extend_cache_locs_uniform_func,
 )
@@ -220,6 +219,7 @@ class CacheScheduler(Scheduler):
         overlap: bool = False,
         draft_tokens: int = 0,
         needs_cpu_seq_lens: bool = True,
+        attends_within_pictures: bool = False,
     ):
         spec = {}
         if draft_tokens:
@@ -255,6 +255,7 @@ class CacheScheduler(Scheduler):
             context_len=CONTEXT_LEN,
             is_encoder_decoder=False,
             is_multimodal=False,
+            attends_within_pictures=attends_within_pictures,
             think_end_ids=None,
             self_opened_think_start_ids=None,
         )

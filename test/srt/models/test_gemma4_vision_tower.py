@@ -255,7 +255,7 @@ class TestLarge(Tower, CustomTestCase):
 
     shape = "tiny"
 
-    @settings(max_examples=15)
+    @settings(max_examples=settings().max_examples // 7)
     @given(
         st.lists(
             st.tuples(st.integers(16, 500), st.integers(16, 500)).filter(
