@@ -163,7 +163,6 @@ class Pictures(parity.Served):
         of_chosen = logprobs.gather(1, chosen[:, None])[:, 0]
         served = torch.tensor([entry[0] for entry in meta["output_token_logprobs"]])
         worst = (served - of_chosen).abs().max().item()
-        self.worst = max(getattr(self, "worst", 0.0), worst)
         wrong = (choice != chosen).sum().item()
         self.assertEqual(wrong, 0, f"{name}: tokens differ, logprobs by {worst:.1e}")
         self.assertLessEqual(worst, TOLERANCE, f"{name}: logprobs differ")

@@ -81,7 +81,7 @@ class TestVisionFloat32(CustomTestCase):
         pooled, mask = tower(self.pixels, self.positions)
         self.assertEqual(pooled.dtype, dtype)
         self.assertTrue(expected.isfinite().all())
-        # What is rounded once differs by one unit in the last place at most.
+        # Of the average, which both round, and of the result.
         once = dict(rtol=torch.finfo(dtype).eps, atol=1e-6)
         torch.testing.assert_close(pooled[mask], expected, **once)
 
