@@ -112,6 +112,7 @@ class TestTorchNativeSWA(CustomTestCase):
                     buffer[where] = values[prefix - len(keep) : prefix]
                 self.backend.req_to_token_pool.req_to_token[req, : len(slots)] = slots
         batch = SimpleNamespace(
+            lookahead=None,
             out_cache_loc=torch.cat([s[p:] for s, p in zip(full, prefix_lens)]),
             req_pool_indices=torch.arange(len(lens)),
             seq_lens=torch.tensor(lens),

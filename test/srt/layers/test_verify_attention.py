@@ -354,6 +354,7 @@ def _forward_extend(case, mode, cuda=True, **changes):
         get_value_buffer=lambda layer_id: case.v_buffer,
     )
     batch = SimpleNamespace(
+        lookahead=None,
         forward_mode=mode,
         extend_seq_lens_cpu=[step] * len(case.lens),
         mha_one_shot=False,

@@ -112,6 +112,7 @@ class VerifyCase(CustomTestCase):
         seq_lens = torch.tensor(seq_lens)
         req_pool_indices = torch.tensor([2, 0, 1])
         return SimpleNamespace(
+            lookahead=None,
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=len(seq_lens),
             seq_lens=seq_lens,
