@@ -29,7 +29,7 @@ import test_gemma4_parity as parity
 # That module has found the factory.
 from checkpoint import write_checkpoint
 
-register_cpu_ci(est_time=300, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=480, suite="stage-a-test-cpu")
 
 NEW_TOKENS = 16
 TOLERANCE = 1e-5
