@@ -311,8 +311,8 @@ class TestMTPBehaviour(mtp.Drafting, CustomTestCase):
         )
         for prompt, answer in zip(prompts, answers):
             tokens = answer["output_ids"]
-            # The scheduler keeps the last two positions of the context.
-            self.assertEqual(len(prompt) + len(tokens), CONTEXT - 2)
+            # Not every scheduler uses the last two positions of the context.
+            self.assertIn(len(prompt) + len(tokens), (CONTEXT - 2, CONTEXT))
             self.assertEqual(answer["meta_info"]["finish_reason"]["type"], "length")
             with torch.inference_mode():
                 logits = self.oracle(input_ids=torch.tensor([prompt + tokens])).logits
