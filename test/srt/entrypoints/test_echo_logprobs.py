@@ -21,7 +21,8 @@ OUTPUT = [(-2.0, 9, "c"), (-3.0, 10, "d")]
 
 class Engine:
     """Answers any prompt with OUTPUT, token by token if streamed; gives logprobs from
-    where it is asked to, and alternatives if it is asked for some, as the engine does."""
+    where it is asked to, and alternatives if it is asked for some, as the engine does.
+    """
 
     def __init__(self):
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: "ab")
@@ -44,7 +45,9 @@ class Engine:
             meta["output_token_logprobs"] = OUTPUT[:upto]
             meta["output_token_logprobs_length"] = upto
             if request.top_logprobs_num > 0:
-                meta["input_top_logprobs"] = [None if t[0] is None else [t] for t in prompt]
+                meta["input_top_logprobs"] = [
+                    None if t[0] is None else [t] for t in prompt
+                ]
                 meta["output_top_logprobs"] = [[t] for t in OUTPUT[:upto]]
         return {
             "text": "cd"[:upto],

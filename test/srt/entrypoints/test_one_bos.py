@@ -17,7 +17,9 @@ from sglang.srt.entrypoints.openai.protocol import (
 )
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
-from sglang.srt.multimodal.processors.base_processor import BaseMultiModalProcessorOutput
+from sglang.srt.multimodal.processors.base_processor import (
+    BaseMultiModalProcessorOutput,
+)
 from sglang.srt.multimodal.processors.gemma4 import Gemma4SGLangProcessor
 from sglang.srt.parser.conversation import Conversation, SeparatorStyle, chat_templates
 from sglang.srt.parser.template_manager import TemplateManager

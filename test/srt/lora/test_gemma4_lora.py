@@ -102,9 +102,7 @@ class Adapted(parity.Served):
         folder = Path(parity.FOLDERS) / f"adapters-{cls.folder}"
         folder.mkdir()
         for name, (modules, rank, alpha, _) in ADAPTERS.items():
-            write_adapter(
-                folder / name, draw(model, name)[0], modules, rank, alpha
-            )
+            write_adapter(folder / name, draw(model, name)[0], modules, rank, alpha)
         cls.adapters = folder
         cls.server_args = [
             *parity.ROOMY,
