@@ -4,6 +4,9 @@ import random
 from functools import cache
 
 import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from sglang.srt.constrained.base_grammar_backend import (
     BaseGrammarBackend,
     BaseGrammarObject,
@@ -11,8 +14,6 @@ from sglang.srt.constrained.base_grammar_backend import (
     create_grammar_backend,
 )
 from sglang.srt.runtime_context import get_context
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 EOS = "<turn|>"
 SPECIAL = [EOS, "<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"]

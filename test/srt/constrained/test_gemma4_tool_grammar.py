@@ -9,16 +9,16 @@ import random
 import unittest
 from decimal import Decimal
 
+from grammar_walk import accepts, compile_key, error_of, ids_of, sample, tokenizer
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, FormatChecker
+
 from sglang.srt.constrained.json_schema_validation import UnsupportedJSONSchemaFeature
 from sglang.srt.entrypoints.openai.protocol import Function, Tool, ToolChoice
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
-
-from grammar_walk import accepts, compile_key, error_of, ids_of, sample, tokenizer
 
 register_cpu_ci(est_time=50, suite="stage-a-test-cpu")
 

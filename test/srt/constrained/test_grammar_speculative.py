@@ -9,21 +9,11 @@ import unittest
 from types import SimpleNamespace
 
 import torch
-from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBackend
-from sglang.srt.parser.reasoning_parser import ReasoningParser
+from grammar_walk import allowed, compile_key, eos_id, ids_of, tokenizer
+
 from sglang.srt.speculative.spec_utils import generate_token_bitmask, traverse_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
-
-from grammar_walk import (
-    allowed,
-    backend,
-    compile_key,
-    eos_id,
-    error_of,
-    ids_of,
-    tokenizer,
-)
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
@@ -152,29 +142,6 @@ class TestTraverseTree(CustomTestCase):
             self.assertIsNone(grammar.current_token)
             grammar.accept_token(ids_of('"')[0])
             self.assertEqual(grammar.current_token, ids_of('"')[0])
-
-
-class TestBehindThought(CustomTestCase):
-    def test_grammar_starts_where_the_thought_ends(self):
-        parser = ReasoningParser(
-            "gemma4", stream_reasoning=False, tokenizer=tokenizer()
-        )
-        for name in BACKENDS:
-            with self.subTest(name):
-                made = ReasonerGrammarBackend(backend(name), parser, tokenizer())
-                key = ("json", json.dumps(SCHEMAS[1]))
-                template = made._init_value_dispatch(key, True)
-                self.assertIsNone(error_of(template))
-                for thought in ("", "Hm", '"a'):
-                    grammar = template.copy()
-                    grammar.maybe_init_reasoning(True)
-                    for token in ids_of(thought):
-                        grammar.accept_token(token)
-                    self.assertIn(ids_of("x")[0], allowed(grammar))
-                    grammar.accept_token(ids_of("<channel|>")[0])
-                    self.assertEqual(allowed(grammar), ids_of('"'))
-                    grammar.rollback(1)
-                    self.assertIn(ids_of("x")[0], allowed(grammar))
 
 
 if __name__ == "__main__":

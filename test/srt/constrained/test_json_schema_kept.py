@@ -11,16 +11,6 @@ from decimal import Decimal
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, given, note, settings
-from hypothesis import strategies as st
-from jsonschema import Draft202012Validator, FormatChecker
-from sglang.srt.constrained.json_schema_support import llguidance_gap, xgrammar_gap
-from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
-from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
-from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.test_utils import CustomTestCase
-
 from grammar_walk import (
     accepts,
     backend,
@@ -30,6 +20,16 @@ from grammar_walk import (
     sample,
     tokenizer,
 )
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator, FormatChecker
+
+from sglang.srt.constrained.json_schema_support import llguidance_gap, xgrammar_gap
+from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
