@@ -1,5 +1,6 @@
 """Media that a client names and nobody can read are the client's fault: a ValueError."""
 
+import asyncio
 import base64
 import io
 import tempfile
@@ -72,6 +73,14 @@ class TestMediaErrors(CustomTestCase):
         with mock.patch.object(common.Image, "open", side_effect=MemoryError):
             with self.assertRaises(RuntimeError):
                 load(picture("PNG"), Modality.IMAGE)
+
+    def test_a_prompt_without_tokens(self):
+        for prompt in ([], None):
+            coroutine = BaseMultimodalProcessor.load_mm_data(
+                None, prompt, None, image_data=[picture("PNG")]
+            )
+            with self.subTest(prompt), self.assertRaisesRegex(ValueError, "has none"):
+                asyncio.run(coroutine)
 
     def test_no_video_decoder(self):
         with mock.patch.object(
