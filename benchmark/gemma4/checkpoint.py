@@ -6,7 +6,8 @@
 
 The folder holds what a released one holds: config, generation config, tokenizer,
 chat template, processor, and sharded safetensors with an index. Names and shapes of
-the weights are those of transformers' own model classes, built on the meta device.
+the weights are those that transformers saves a model of the config under, built on the
+meta device.
 
 26b-a4b, 31b, e2b, e4b and 12b have the sizes of the released models. `tiny` and
 tiny-… are small models of the same kinds: `tiny` of 26b-a4b, the others of their names.
@@ -47,7 +48,7 @@ DTYPES = {
 }
 RECIPE_FILE = "checkpoint.json"
 # Raised whenever the same arguments begin to give another folder.
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 CONFIG_FORMATS = ("flat", "per-layer")
 CLIP_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 MAX_SHARD_BYTES = 2 * 10**9
@@ -623,11 +624,14 @@ def _processor(shape: Shape, tokenizer):
 def on_meta(config) -> dict[str, torch.Tensor]:
     """Names and shapes that save_pretrained of the config's model class would write."""
     import transformers
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
     tied = model.all_tied_weights_keys
-    return {k: v for k, v in model.state_dict().items() if k not in tied}
+    weights = {k: v for k, v in model.state_dict().items() if k not in tied}
+    # Modules of Gemma 4 Unified are named otherwise than its checkpoints.
+    return revert_weight_conversion(model, weights)
 
 
 def _generator(seed: int, name: str, device: str) -> torch.Generator:

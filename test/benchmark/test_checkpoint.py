@@ -274,6 +274,19 @@ def test_every_layer_and_every_text_weight_matters(family, shape):
 
 
 @pytest.mark.parametrize("shape", TINY)
+def test_weights_are_named_as_in_a_new_checkpoint(family, tmp_path, shape):
+    """A model that was loaded is saved under the names it was loaded from, right or
+    wrong; one that was not, under the released ones."""
+    folder = family(shape)
+    model = type(_load(folder))(AutoConfig.from_pretrained(folder))
+    model.save_pretrained(tmp_path)
+    ours, saved = _weights(folder), _weights(tmp_path)
+    assert {k: v.shape for k, v in ours.items()} == {
+        k: v.shape for k, v in saved.items()
+    }
+
+
+@pytest.mark.parametrize("shape", TINY)
 def test_saving_again_writes_the_per_layer_format(family, tmp_path, shape):
     """The oracle of the format is transformers' own writer, and of the weights."""
     folder = family(shape, "per-layer")
