@@ -62,6 +62,30 @@ def _findings(command: list[str], cwd: Path, **kwargs) -> list[str]:
     return [told] if told or done.returncode else []
 
 
+def _format(name: str, spans: list[tuple[int, int]], cwd: Path) -> list[str]:
+    """Finds what black would write in place of these lines of a file.
+
+    Its own --line-ranges also changes blank lines beside them.
+    """
+    done = run([sys.executable, "-m", *BLACK, name], cwd=cwd)
+    if done.returncode not in (0, 1):  # it did not run
+        return [(done.stdout + done.stderr).strip()]
+    head, *hunks = re.split(r"^(?=@@ )", done.stdout, flags=re.MULTILINE)
+    found = ""
+    for hunk in hunks:
+        header, *lines = hunk.splitlines(keepends=True)
+        row, changed = int(re.match(r"@@ -(\d+)", header)[1]), set()
+        for line in lines:
+            if line[0] == "+":
+                changed |= {row - 1, row}  # between these two
+            else:
+                changed |= {row} if line[0] == "-" else set()
+                row += 1
+        if any(first <= row <= last for first, last in spans for row in changed):
+            found += hunk
+    return [f"{head}{found}".strip()] if found else []
+
+
 def _lint_added(git: Git) -> list[str]:
     """Finds what is wrong with the lines that the series adds."""
     findings = []
@@ -72,8 +96,7 @@ def _lint_added(git: Git) -> list[str]:
         spans = [(first, last) for first, last in spans if first <= last]
         if not spans:
             continue
-        lines = [f"--line-ranges={first}-{last}" for first, last in spans]
-        findings += _findings([*BLACK, *lines, name], git.folder)
+        findings += _format(name, spans, git.folder)
         command = [sys.executable, "-m", *RUFF, "--output-format=json", name]
         done = run(command, cwd=git.folder)
         if done.returncode not in (0, 1):  # it did not run

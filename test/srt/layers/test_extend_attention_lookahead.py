@@ -16,6 +16,7 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 

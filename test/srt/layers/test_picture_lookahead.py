@@ -12,6 +12,12 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Gemma4TextConfig
+from transformers.models.gemma4.modeling_gemma4 import (
+    create_masks_for_vision_model,
+    get_block_sequence_ids_for_mask,
+)
+
 from sglang.srt.layers.attention.lookahead import get_picture_lookahead
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.managers.schedule_batch import (
@@ -21,11 +27,6 @@ from sglang.srt.managers.schedule_batch import (
 )
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
-from transformers import Gemma4TextConfig
-from transformers.models.gemma4.modeling_gemma4 import (
-    create_masks_for_vision_model,
-    get_block_sequence_ids_for_mask,
-)
 
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 

@@ -11,6 +11,7 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase

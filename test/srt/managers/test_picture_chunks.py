@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "mem_cache"))
 from cache_scheduler import CONTEXT_LEN, CacheScheduler, PoolChecker
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sglang.srt.managers.picture_chunks import picture_spans, whole_pictures_len
 from sglang.srt.managers.schedule_batch import (
     Modality,

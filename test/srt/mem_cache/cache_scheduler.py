@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Dict, Iterable, List, Set
 
 import torch
+
 from sglang.kernels.ops.speculative.cache_locs import (
     assign_extend_cache_locs_uniform_func,
 )

@@ -24,6 +24,7 @@ import requests
 import torch
 import transformers
 from PIL import Image
+
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
+
 from sglang.srt.distributed import (
     init_distributed_environment,
     initialize_model_parallel,

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 import torch
-from sglang.srt.models.gemma4_vision import Gemma4VisionEncoder
-from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.test_utils import CustomTestCase, published_topology
 from torch import nn
 from transformers import Gemma4VisionConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
+
+from sglang.srt.models.gemma4_vision import Gemma4VisionEncoder
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase, published_topology
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 

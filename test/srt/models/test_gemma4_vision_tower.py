@@ -23,6 +23,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+
 from sglang.srt.distributed import (
     init_distributed_environment,
     initialize_model_parallel,
