@@ -74,13 +74,14 @@ def _format(name: str, spans: list[tuple[int, int]], cwd: Path) -> list[str]:
     found = ""
     for hunk in hunks:
         header, *lines = hunk.splitlines(keepends=True)
-        row, changed = int(re.match(r"@@ -(\d+)", header)[1]), set()
+        row, changed, kind = int(re.match(r"@@ -(\d+)", header)[1]), set(), " "
         for line in lines:
-            if line[0] == "+":
-                changed |= {row - 1, row}  # between these two
-            else:
-                changed |= {row} if line[0] == "-" else set()
-                row += 1
+            if line[0] == "-":
+                changed.add(row)
+            elif line[0] == "+" and kind == " ":
+                changed |= {row - 1, row}  # it is put between these two
+            row += line[0] != "+"
+            kind = " " if line[0] == " " else kind if line[0] == "+" else "-"
         if any(first <= row <= last for first, last in spans for row in changed):
             found += hunk
     return [f"{head}{found}".strip()] if found else []

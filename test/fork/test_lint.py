@@ -45,6 +45,14 @@ def test_faults_of_added_lines_are_found(tree, line, words):
     assert words in findings(tree, "model.py", UPSTREAM + "\n\ndef g():\n" + line)
 
 
+def test_blank_lines_beside_added_ones_are_left(tree):
+    """Black with --line-ranges takes one of the two before the class."""
+    text = "import os\n\n\nclass A:\n    x = os\n    y = os.sep\n"
+    (tree.folder / "sorted.py").write_text(text)
+    assert not findings(tree, "sorted.py", text)
+    assert findings(tree, "sorted.py", text.replace("\n\n\nclass", "\n\nclass"))
+
+
 def test_unsorted_imports_are_found_where_the_base_sorted_them(tree):
     text = "import sys\nimport os\n\nprint(os, sys)\n"
     assert "+import os" in findings(tree, "sorted.py", text)
