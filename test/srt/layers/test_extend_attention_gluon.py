@@ -67,6 +67,7 @@ from sglang.kernels.ops.attention import extend_attention_gluon as gluon
 from sglang.kernels.ops.attention import extend_attention_hopper as hopper
 
 TYPES = dict(kv_indices="*i64", qo_indptr="*i64", kv_indptr="*i32")
+TYPES |= dict(lookahead_ptr="*i32")
 TYPES |= dict.fromkeys(("qk_scale", "sm_scale"), "fp32")
 
 
@@ -102,11 +103,16 @@ if sys.argv[1] == "gluon":
         BLOCK_N=gluon.BLOCK_N,
     )
 else:
+    window, lookahead = map(int, sys.argv[1].split())
     BLOCK_M, BLOCK_N, num_stages, _ = hopper._get_tiles(256)
+    more = {}
+    if "lookahead_ptr" in hopper._fwd_kernel_hopper.arg_names:
+        more = dict(HAS_LOOKAHEAD=bool(lookahead))
+        more |= {} if lookahead else dict(lookahead_ptr=None)
     compile_for_hopper(
         ASTSource,
         hopper._fwd_kernel_hopper,
-        SLIDING_WINDOW_SIZE=int(sys.argv[1]),
+        SLIDING_WINDOW_SIZE=window,
         LOGIT_CAP=0.0,
         HEAD_DIM=256,
         BLOCK_D=256,
@@ -115,11 +121,12 @@ else:
         NUM_STAGES=num_stages,
         HAS_SINK=False,
         sink_ptr=None,
+        **more,
     )
 """
 
 
-@pytest.mark.parametrize("what", ["gluon", "-1", "1023"])
+@pytest.mark.parametrize("what", ["gluon", "-1 0", "1023 0", "1023 1"])
 def test_it_compiles_for_hopper_without_a_gpu(what):
     """With the backend's types, into the shared memory, with Hopper's instructions."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
