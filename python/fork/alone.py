@@ -24,8 +24,8 @@ AT_A_TIME = 2
 OK = (0, 5)  # pytest's statuses: all passed; all are for a GPU
 
 
-def main(parts: list[list[str]]) -> int:
-    """Runs pytest with each of these arguments; returns how many of them failed."""
+def main(parts: list[list[str]]) -> list[str]:
+    """Runs pytest with each of these arguments; returns the first of those that fail."""
     preload()
     failed, running, parts = [], {}, list(parts)
     with tempfile.TemporaryDirectory() as folder:
@@ -41,9 +41,7 @@ def main(parts: list[list[str]]) -> int:
             print(f"{name}: {time.monotonic() - started:.0f} s.", flush=True)
             if os.waitstatus_to_exitcode(status) not in OK:
                 failed.append(name)
-    if failed:
-        print(f"error: tests failed: {', '.join(failed)}.", flush=True)
-    return len(failed)
+    return failed
 
 
 def _start(part: list[str], output: Path) -> int:
@@ -80,4 +78,5 @@ def preload() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(json.loads(sys.argv[1]))))
+    failed = main(json.loads(sys.argv[1]))
+    sys.exit(f"error: tests failed: {', '.join(failed)}." if failed else 0)
