@@ -1,5 +1,5 @@
-"""Runs parts of the tests in processes of their own, which begin with what the engine
-imports of others: that takes longer than most files of tests.
+"""Runs parts of the tests in processes of their own, which begin with the modules of
+others that the engine imports: importing them takes longer than most files of tests.
 
     python -m fork.alone '[["test/one.py"], ["test/two.py"]]'
 
@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +26,8 @@ OK = (0, 5)  # pytest's statuses: all passed; all are for a GPU
 
 
 def main(parts: list[list[str]]) -> list[str]:
-    """Runs pytest with each of these arguments; returns the first of those that fail."""
+    """Runs pytest with each of these lists; returns the first argument of each that
+    failed."""
     preload()
     failed, running, parts = [], {}, list(parts)
     with tempfile.TemporaryDirectory() as folder:
@@ -49,16 +51,21 @@ def _start(part: list[str], output: Path) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if not pid:
-        with open(output, "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        import pytest
+        status = 1
+        try:
+            with open(output, "w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            import pytest
 
-        # Without what the parent has to clean up at its end.
-        status = pytest.main(["--durations=3", "--durations-min=10", *part])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+            status = pytest.main(["--durations=3", "--durations-min=10", *part])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # What the parent has yet to start, and to clean up, is not the child's.
+            os._exit(status)
     return pid
 
 
@@ -66,15 +73,14 @@ def preload() -> None:
     """Imports what the engine does, but not the engine, in the order of conftest.py."""
     share(["torch"])
     torch = sys.modules.get("torch")
+    environment = {}
     if torch is not None and not torch.cuda.is_available():
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
             share(["triton.language"])
-        with mock.patch.dict(os.environ, SGLANG_USE_CPU_ENGINE="1"):
-            _, loaded = import_all(ENGINE)
-    else:
+    with mock.patch.dict(os.environ, environment):
         _, loaded = import_all(ENGINE)
-    ours = ("sglang", "fork")
-    share([name for name in loaded if name.split(".")[0] not in ours], "sglang")
+    share([name for name in loaded if name.split(".")[0] != "sglang"], "sglang")
 
 
 if __name__ == "__main__":
