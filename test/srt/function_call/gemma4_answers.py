@@ -2,6 +2,7 @@
 
 import json
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from sglang.srt.entrypoints.openai.protocol import Tool
@@ -11,6 +12,10 @@ from sglang.srt.function_call.gemma4_format import (
     TOOL_CALL_END,
     TOOL_CALL_START,
 )
+
+# A nightly run reads 100,000 texts.
+NIGHTLY = settings.default.max_examples >= 1000
+MANY = settings(max_examples=100_000 if NIGHTLY else 300)
 
 CHANNEL_START = "<|channel>"
 CHANNEL_END = "<channel|>"

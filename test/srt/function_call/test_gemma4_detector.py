@@ -7,7 +7,7 @@ import sys
 import unittest
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang.srt.environ import envs
@@ -28,6 +28,7 @@ from gemma4_answers import (  # noqa: E402
     CHANNEL_END,
     CHANNEL_START,
     CUTS,
+    MANY,
     MORE_ANSWERS,
     PIECES,
     STARTS,
@@ -41,10 +42,6 @@ from gemma4_answers import (  # noqa: E402
 )
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
-
-# A nightly run reads 100,000 texts.
-NIGHTLY = settings.default.max_examples >= 1000
-MANY = settings(max_examples=100_000 if NIGHTLY else 300)
 
 _WORDS = st.text(max_size=8) | st.sampled_from(
     [

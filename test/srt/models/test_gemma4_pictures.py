@@ -33,19 +33,12 @@ import test_gemma4_parity as parity
 
 # That module has found the factory.
 from checkpoint import write_checkpoint
+from picture_cases import PICTURES, random_picture
 
 register_cpu_ci(est_time=640, suite="stage-a-test-cpu")
 
 NEW_TOKENS = 16
 TOLERANCE = 1e-5
-# (height, width)
-PICTURES = {
-    "square": (96, 96),
-    "tall": (400, 60),
-    "wide": (60, 400),
-    "small": (17, 23),
-    "large": (700, 900),
-}
 MARK = "<|image|>"
 WORDS = "look at this ba be bi bo bu da de di do du fa fe fi fo fu".split()
 
@@ -65,11 +58,7 @@ def tearDownModule():
 
 def _picture(name: str, seed: int = 0) -> Image.Image:
     """Random colors, of a size in `PICTURES`."""
-    height, width = PICTURES[name]
-    random = np.random.default_rng(seed)
-    return Image.fromarray(
-        random.integers(0, 256, (height, width, 3), dtype=np.uint8), "RGB"
-    )
+    return Image.fromarray(random_picture(*PICTURES[name], seed), "RGB")
 
 
 def _text(words: int, seed: int = 0) -> str:

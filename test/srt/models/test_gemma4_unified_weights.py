@@ -6,7 +6,6 @@ released ones unless `save_original_format=False` asks for the modules' own.
 """
 
 import os
-import socket
 import sys
 import tempfile
 import unittest
@@ -17,21 +16,14 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 import numpy as np
 import torch
 import transformers
+from picture_cases import be_the_only_rank
 from safetensors.torch import load_file
 
-from sglang.srt.distributed import (
-    init_distributed_environment,
-    initialize_model_parallel,
-)
-from sglang.srt.distributed.parallel_state import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-)
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.models.gemma4_unified import Gemma4UnifiedForConditionalGeneration
 from sglang.srt.utils.hf_transformers_utils import get_config
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.test_utils import CustomTestCase, publish_build_topology
+from sglang.test.test_utils import CustomTestCase
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
 from checkpoint import write_checkpoint
@@ -58,20 +50,7 @@ class TestUnifiedWeights(CustomTestCase):
         cls.oracle.eval()
         cls.config = get_config(str(written), trust_remote_code=False)
         cls.processor = transformers.AutoProcessor.from_pretrained(written)
-        publish_build_topology(device="cpu")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        init_distributed_environment(
-            world_size=1,
-            rank=0,
-            local_rank=0,
-            distributed_init_method=f"tcp://127.0.0.1:{port}",
-            backend="gloo",
-        )
-        cls.addClassCleanup(destroy_distributed_environment)
-        initialize_model_parallel()
-        cls.addClassCleanup(destroy_model_parallel)
+        be_the_only_rank(cls)
 
     def check(self, oracle, name_there, original):
         """Save `oracle`, whose weights must have one of that name, and load it."""

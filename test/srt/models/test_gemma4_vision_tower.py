@@ -8,7 +8,6 @@ attention that goes by the same `cu_seqlens`.
 
 import importlib
 import os
-import socket
 import sys
 import tempfile
 import unittest
@@ -22,44 +21,27 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from picture_cases import PICTURES, be_the_only_rank, random_picture
 from safetensors.torch import load_file
 
-from sglang.srt.distributed import (
-    init_distributed_environment,
-    initialize_model_parallel,
-)
-from sglang.srt.distributed.parallel_state import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-)
 from sglang.srt.layers.attention import vision
 from sglang.srt.layers.moe import initialize_moe_config
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
 from sglang.srt.utils.hf_transformers_utils import get_config
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.test_utils import CustomTestCase, publish_build_topology
+from sglang.test.test_utils import CustomTestCase
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
 from checkpoint import write_checkpoint
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
-# (height, width)
-PICTURES = {
-    "square": (96, 96),
-    "tall": (400, 60),
-    "wide": (60, 400),
-    "small": (17, 23),
-    "large": (700, 900),
-}
 PREFILL = "sglang.kernels.ops.attention.prefill_attention"
 
 
 def _picture(height: int, width: int) -> np.ndarray:
-    """Random colors, [height, width, 3] of uint8."""
-    random = np.random.default_rng(1000 * height + width)
-    return random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return random_picture(height, width, seed=1000 * height + width)
 
 
 def _varlen_attention(q, k, v, *, cu_seqlens_q, max_seqlen_q, softmax_scale, **kwargs):
@@ -89,20 +71,7 @@ class Tower:
             folder.name, dtype=torch.float32
         ).eval()
         cls.processor = transformers.AutoProcessor.from_pretrained(folder.name)
-        publish_build_topology(device="cpu")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        init_distributed_environment(
-            world_size=1,
-            rank=0,
-            local_rank=0,
-            distributed_init_method=f"tcp://127.0.0.1:{port}",
-            backend="gloo",
-        )
-        cls.addClassCleanup(destroy_distributed_environment)
-        initialize_model_parallel()
-        cls.addClassCleanup(destroy_model_parallel)
+        be_the_only_rank(cls)
         initialize_moe_config()
         cls.model = cls.load()
 

@@ -5,7 +5,7 @@ import sys
 import unittest
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
@@ -18,6 +18,7 @@ from sglang.test.test_utils import CustomTestCase
 sys.path.insert(0, str(Path(__file__).parents[1] / "function_call"))
 from gemma4_answers import (  # noqa: E402
     CUTS,
+    MANY,
     MORE_THOUGHTS,
     TEXTS,
     THOUGHTS,
@@ -30,10 +31,6 @@ from gemma4_answers import (  # noqa: E402
 )
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
-
-# A nightly run reads 100,000 texts.
-NIGHTLY = settings.default.max_examples >= 1000
-MANY = settings(max_examples=100_000 if NIGHTLY else 300)
 
 
 def parse(text, cuts=None, stream_reasoning=True, **kwargs) -> tuple:
