@@ -1,0 +1,123 @@
+"""What is asked about pictures, when an arm is wrong, and what is kept of a run."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmark" / "gemma4"))
+
+import eval_pictures  # noqa: E402
+from eval_pictures import MARK, Answer, Ask, Difference  # noqa: E402
+from serving import Arm, HouseError, Setup  # noqa: E402
+
+
+def test_a_mark_a_picture():
+    for kind, asks in eval_pictures.cases().items():
+        for asked in asks:
+            for text, pictures in asked.prompts:
+                assert text.count(MARK) == len(pictures), kind
+
+
+def test_pictures_differ_by_seed_alone():
+    one, same, other = (eval_pictures.picture("tall", seed) for seed in (0, 0, 1))
+    assert one.size == (60, 400)
+    assert one.tobytes() == same.tobytes() != other.tobytes()
+
+
+def test_difference():
+    exact = torch.log_softmax(torch.tensor([[1.0, 3.0], [4.0, 2.0]]), dim=-1)
+    given = [exact[0, 1].item(), exact[1, 1].item() + 0.25]
+    found = Difference()
+    found.see(Answer(("", []), [1, 1], given), exact)
+    assert found.others == 1
+    assert found.apart == pytest.approx(0.25)
+    assert found.behind == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "apart, behind, said", [(1e-6, 0.0, 0), (1e-4, 0.0, 1), (1e-6, 1e-6, 1)]
+)
+def test_float32_is_exact(apart, behind, said):
+    found = {"one": Difference(apart, behind)}
+    assert len(list(eval_pictures.judge(found, None))) == said
+
+
+@pytest.mark.parametrize(
+    "apart, behind, said",
+    [(0.02, 0.03, 0), (0.04, 0.0, 1), (0.02, 0.07, 1), (float("nan"), 0.0, 1)],
+)
+def test_bfloat16_is_as_far_as_rounding(apart, behind, said):
+    found, noise = {"one": Difference(apart, behind)}, {"one": Difference(0.01)}
+    assert len(list(eval_pictures.judge(found, noise))) == said
+
+
+class Bar:
+    def update(self, n=1):
+        pass
+
+
+class Server:
+    """Answers, unless its arm is one that does not start or ends amid a kind."""
+
+    def __init__(self, arm, setup, log):
+        self.arm = arm
+
+    @contextlib.contextmanager
+    def running(self, timeout):
+        if self.arm.name == "does not start":
+            raise HouseError("it died")
+        yield self
+
+    def ask(self, path, data):
+        assert path == "/flush_cache"
+
+
+def fake(monkeypatch, ends_at="") -> list:
+    """Stands for servers; returns the list of what they are asked."""
+    asked = []
+
+    def ask(server, what):
+        asked.append(what)
+        if what.prompts[0][0] == ends_at:
+            raise HouseError("it died")
+        return [Answer(prompt, [5], [-0.5]) for prompt in what.prompts]
+
+    monkeypatch.setattr(eval_pictures, "Server", Server)
+    monkeypatch.setattr(eval_pictures, "ask", ask)
+    cases = {"a": [Ask([("1", [])])], "b": [Ask([("2", [])]), Ask([("3", [])])]}
+    monkeypatch.setattr(eval_pictures, "cases", lambda: dict(cases))
+    return asked
+
+
+def collect(arm, tmp_path):
+    setup = Setup(tmp_path)
+    return eval_pictures.kept(arm, setup, tmp_path / "x.server.log", 1, Bar())
+
+
+def test_what_is_asked_once_is_kept(monkeypatch, tmp_path):
+    asked = fake(monkeypatch)
+    first = collect(Arm("fork", code="1"), tmp_path)
+    assert len(asked) == 3
+    answers, silent = collect(Arm("fork", code="1"), tmp_path)
+    assert len(asked) == 3 and not silent
+    assert [a.tokens for a in answers["b"]] == [a.tokens for a in first[0]["b"]]
+    collect(Arm("fork", code="2"), tmp_path)
+    assert len(asked) == 6
+
+
+def test_a_server_that_ends_is_started_anew(monkeypatch, tmp_path):
+    fake(monkeypatch, ends_at="1")
+    answers, silent = collect(Arm("fork"), tmp_path)
+    assert list(answers) == ["b"] and list(silent) == ["a"]
+
+
+def test_an_arm_that_does_not_start(monkeypatch, tmp_path):
+    fake(monkeypatch)
+    answers, silent = collect(Arm("does not start", path=["/elsewhere"]), tmp_path)
+    assert not answers and list(silent) == ["a", "b"]
+    with pytest.raises(HouseError):
+        collect(Arm("does not start"), tmp_path / "other")
