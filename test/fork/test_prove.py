@@ -58,19 +58,20 @@ def test_each_patch_is_proved(repository):
     repository.write("srt/model.py", "edited\n")
     before = repository.contents(repository.tree)
     assert rows(repository.fork("prove")) == [
-        "| layers | 2 | 1 |  |",
-        "| new | 1 | 1 | without it and those after it, which need it |",
-        "| make-it-two | 1 | 1 |  |",
+        "| layers | 2 | yes |  |",
+        "| new | 1 | yes | without it and those after it, which need it |",
+        "| make-it-two | 1 | yes |  |",
     ]
     assert repository.contents(repository.tree) == before
     log = (repository.root / "dist/prove/layers.log").read_text()
     assert "=== layers: its tests with it\n" in log and "2 passed" in log
     assert "=== layers: its tests without it\n" in log and "assert 2 == 3" in log
+    assert "1 failed in" in log  # and the test behind it was not run
 
 
 def test_one_patch_alone(repository):
     said = repository.fork("prove", "make-it-two")
-    assert rows(said) == ["| make-it-two | 1 | 1 |  |"]
+    assert rows(said) == ["| make-it-two | 1 | yes |  |"]
     assert [p.name for p in (repository.root / "dist/prove").iterdir()] == [
         "make-it-two.log"
     ]
@@ -93,13 +94,13 @@ def test_the_patches_that_a_pull_request_changes(repository):
     repository.git("commit", "--quiet", "--all", "--amend", "--no-edit")
     repository.fork("export")
     said = repository.fork("prove", "--since", "HEAD")
-    assert rows(said) == ["| make-it-two | 1 | 1 |  |"]
+    assert rows(said) == ["| make-it-two | 1 | yes |  |"]
 
 
 @pytest.mark.parametrize(
     "test, row",
     [
-        ("def test(): pass\n", "| 1 | 0 | its tests pass without it |"),
+        ("def test(): pass\n", "| 1 | no | its tests pass without it |"),
         (
             "def test(): assert False\n",
             "| 0 |  | its tests fail with the series; 1 fail with it |",
