@@ -1,6 +1,7 @@
 """Arms and their servers: what runs, how it is started, asked and stopped.
 
-`run.py`, `profile_step.py` and `eval_quality.py` share this. An arm is written
+`run.py`, `profile_step.py`, `eval_quality.py` and `eval_pictures.py` share this. An arm
+is written
 
     fork                    the `sglang` that this interpreter imports
     base                    the pinned release, unpatched
