@@ -303,7 +303,7 @@ def collect(
     died."""
     answers, silent, left = {}, {}, cases()
     while left:
-        server = Server(arm, setup, log)
+        server, kind = Server(arm, setup, log), ""
         try:
             with server.running(timeout):
                 while left:
@@ -314,12 +314,13 @@ def collect(
                     bar.update()
         except HouseError as e:
             why = str(e).replace(str(log), log.name)
-            if answers or silent or len(left) < len(cases()):
+            if kind:
                 silent[kind] = why
             elif arm.path is None:
                 raise
             else:  # it does not start
-                silent, left = dict.fromkeys(left, why), {}
+                silent.update(dict.fromkeys(left, why))
+                left = {}
             bar.update()
     return answers, silent
 

@@ -60,6 +60,9 @@ class Bar:
         pass
 
 
+STARTS = []
+
+
 class Server:
     """Answers, unless its arm is one that does not start or ends amid a kind."""
 
@@ -68,7 +71,8 @@ class Server:
 
     @contextlib.contextmanager
     def running(self, timeout):
-        if self.arm.name == "does not start":
+        starts = self.arm.name != "does not start" and STARTS.pop()
+        if not starts:
             raise HouseError("it died")
         yield self
 
@@ -76,9 +80,11 @@ class Server:
         assert path == "/flush_cache"
 
 
-def fake(monkeypatch, ends_at="") -> list:
-    """Stands for servers; returns the list of what they are asked."""
+def fake(monkeypatch, ends_at="", starts=9) -> list:
+    """Stands for servers, of which so many start; returns the list of what they are
+    asked."""
     asked = []
+    STARTS[:] = [False] + [True] * starts
 
     def ask(server, what):
         asked.append(what)
@@ -121,3 +127,10 @@ def test_an_arm_that_does_not_start(monkeypatch, tmp_path):
     assert not answers and list(silent) == ["a", "b"]
     with pytest.raises(HouseError):
         collect(Arm("does not start"), tmp_path / "other")
+
+
+def test_an_arm_that_does_not_start_again(monkeypatch, tmp_path):
+    fake(monkeypatch, ends_at="1", starts=1)
+    arm = Arm("base", path=["/elsewhere"])
+    answers, silent = collect(arm, tmp_path)
+    assert not answers and list(silent) == ["a", "b"]
