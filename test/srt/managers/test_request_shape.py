@@ -56,6 +56,7 @@ class TestGenerate(CustomTestCase):
 
     def test_a_list_of_another_length(self):
         lists = {"token_ids_logprob": [1], "video_data": "v", "audio_data": "a"}
+        lists["modalities"] = "image"
         for name, value in {**VALUES, **lists}.items():
             for length in (1, 3):
                 with self.subTest(name, length=length):
