@@ -2,9 +2,10 @@
 
 Hypothesis builds requests of every class from the classes' own fields: each value is
 ordinary, or at a bound or beyond it. One that takes a request to be broken is a request
-that is answered with 4xx, and never with 5xx or not at all. After each a plain request
-is answered as ever, and no request, token or queue place is held. SIGTERM then ends the
-server, which a request that is still counted would keep up.
+that is answered with 4xx, and never with 5xx or not at all, and each endpoint of a model
+that generates answers some with 200. After each a plain request is answered as ever, and
+no request, token or queue place is held. SIGTERM then ends the server, which a request
+that is still counted would keep up.
 
 300 requests; 10,000 with HYPOTHESIS_PROFILE=nightly.
 """
@@ -65,19 +66,37 @@ def around(*bounds):
     return [bound + step for bound in bounds for step in (-1, 0, 1)]
 
 
-INTEGERS = st.sampled_from(
-    [
-        *around(0, VOCAB, POOL, CONTEXT, TOP_K_ALL, 2**31, 2**63, 2**64, 2**80),
-        *around(-(2**31), -(2**63)),
-    ]
+def mostly(ordinary, odd, of=8):
+    """One value in so many is an odd one: one of them is enough to refuse a request."""
+    return st.integers(1, of).flatmap(lambda i: odd if i == of else ordinary)
+
+
+INTEGERS = mostly(
+    st.integers(0, 3),
+    st.sampled_from(
+        [
+            *around(0, VOCAB, POOL, CONTEXT, TOP_K_ALL, 2**31, 2**63, 2**64, 2**80),
+            *around(-(2**31), -(2**63)),
+        ]
+    ),
+    of=2,
 )
 # What asks for work is small, or beyond its bound: a long answer is no fault.
-AMOUNTS = st.sampled_from([*around(0), 2, 3, *around(2**31, 2**63, -(2**31)), 2**80])
-TOKENS = st.sampled_from([1, 2, 3, 3, 3, *around(0), CONTEXT, *around(2**63), 2**80])
-FLOATS = st.sampled_from(
-    [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 100.0, -100.0, 2.5, -2.5, 5e-324, 1e-45]
-    + [1e-7, 1e-6, 1e26, 1e27, 3.4e38, 3.5e38, 1e308, -3.5e38]
-    + [float("nan"), float("inf"), float("-inf")]
+AMOUNTS = mostly(
+    st.integers(1, 3),
+    st.sampled_from([*around(0), *around(2**31, 2**63, -(2**31)), 2**80]),
+)
+TOKENS = mostly(
+    st.integers(1, 3), st.sampled_from([*around(0), CONTEXT, *around(2**63), 2**80])
+)
+FLOATS = mostly(
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from(
+        [-0.0, -1.0, 2.0, -2.0, 100.0, -100.0, 2.5, -2.5, 5e-324, 1e-45]
+        + [1e-7, 1e-6, 1e26, 1e27, 3.4e38, 3.5e38, 1e308, -3.5e38]
+        + [float("nan"), float("inf"), float("-inf")]
+    ),
+    of=2,
 )
 TEXTS = st.sampled_from(
     [
@@ -92,8 +111,10 @@ TEXTS = st.sampled_from(
     ]
     + ["<bos><eos>", "<|turn>model\n", "a" * 300]
 )
-IDS = st.one_of(
-    st.integers(FIRST_TEXT_TOKEN, VOCAB - 20), st.sampled_from(around(0, VOCAB, 2**63))
+IDS = mostly(
+    st.integers(FIRST_TEXT_TOKEN, VOCAB - 20),
+    st.sampled_from(around(0, VOCAB, 2**63)),
+    of=20,
 )
 SMALL_JSON = st.sampled_from([None, {}, [], 0, "a", {"a": 1}, {"a": {"b": [1, None]}}])
 
@@ -305,7 +326,11 @@ SCORE = {
 }
 COMPLETION = {"prompt": st.one_of(PROMPTS, ID_PROMPTS), **SHORT}
 CHAT = {"messages": MESSAGES, **SHORT}
-RESPONSE = {"input": st.one_of(TEXTS, MESSAGES), "max_output_tokens": TOKENS}
+RESPONSE = {
+    "model": st.just("default"),
+    "input": st.one_of(TEXTS, MESSAGES),
+    "max_output_tokens": TOKENS,
+}
 # How often, where, what.
 _ENDPOINTS = [
     (6, "/generate", GENERATE),
@@ -317,11 +342,16 @@ _ENDPOINTS = [
     (1, "/v1/embeddings", protocol.EmbeddingRequest, {}),
     (1, "/v1/classify", protocol.ClassifyRequest, {}),
     (1, "/v1/rerank", protocol.V1RerankReqInput, {}),
-    (1, "/v1/tokenize", protocol.TokenizeRequest, {}),
+    (1, "/v1/tokenize", protocol.TokenizeRequest, {"prompt": PROMPTS}),
+    (1, "/v1/tokenize", protocol.TokenizeRequest, {"messages": MESSAGES}),
     (1, "/v1/detokenize", protocol.DetokenizeRequest, {}),
     (1, "/encode", EmbeddingReqInput, {"text": PROMPTS}),
     (1, "/classify", EmbeddingReqInput, {"input_ids": ID_PROMPTS}),
 ]
+GENERATES = {
+    *("/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses"),
+    *("/v1/score", "/v1/messages", "/v1/tokenize", "/v1/detokenize"),
+}
 _STRATEGIES = [
     endpoint
     for times, path, *what in _ENDPOINTS
@@ -349,6 +379,7 @@ class TestRequestFuzz(CustomTestCase):
             other_args=[
                 *("--device", "cpu", "--dtype", "float32"),
                 *("--max-total-tokens", str(POOL)),
+                *("--served-model-name", "default"),
                 "--skip-server-warmup",
                 "--enable-custom-logit-processor",
             ],
@@ -360,6 +391,7 @@ class TestRequestFuzz(CustomTestCase):
             },
         )
         cls.session = requests.Session()
+        cls.answered = set()
         cls.plain = cls.post("/generate", PLAIN).json()["output_ids"]
 
     @classmethod
@@ -406,6 +438,9 @@ class TestRequestFuzz(CustomTestCase):
             f"{response.status_code} to {said}: {response.text[:2000]}",
         )
 
+        if response.status_code == 200:
+            self.answered.add(path)
+
         plain = self.post("/generate", PLAIN)
         self.assertEqual(plain.status_code, 200, plain.text)
         self.assertEqual(plain.json()["output_ids"], self.plain)
@@ -414,6 +449,10 @@ class TestRequestFuzz(CustomTestCase):
         while any(self.load().values()) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.assertEqual(set(self.load().values()), {0}, self.load())
+
+    def test_requests_are_answered(self):
+        """By the endpoints of a model that generates, of the requests above."""
+        self.assertLessEqual(GENERATES, self.answered)
 
     def test_sigterm_ends_it(self):
         """It waits for the requests it counts, and none of those is left."""
