@@ -106,8 +106,8 @@ class QKV:
             )
 
         def fused():
-            self.fork.gemma_qkv_rmsnorm(
-                *(q, k, v, *self.weights, *shape, self.positions, self.cache)
+            self.fork.gemma4_qkv_rmsnorm_rope(
+                *(q, k, v, *self.weights, self.positions, self.cache, *shape)
             )
 
         return {"base": norm_then_rope, "fork": fused}
@@ -167,9 +167,9 @@ class QKVAndStore(QKV):
             self.pool.set_kv_buffer(None, self.slots, *heads, layer_id_override=0)
 
         def fused():
-            self.fork.gemma_qkv_rmsnorm(
-                *(q, k, v, *self.weights, *shape, self.positions, self.cache),
-                *(*buffers, self.slots),
+            self.fork.gemma4_qkv_rmsnorm_rope(
+                *(q, k, v, *self.weights, self.positions, self.cache, *shape),
+                store_target=(*buffers, self.slots),
             )
 
         separate = super().arms()
@@ -223,7 +223,7 @@ class PreFeedforward:
             return hidden, routed, rmsnorm(self.residual, moe, EPS)
 
         def fused():
-            return self.fork.gemma_pre_feedforward_rmsnorms(
+            return self.fork.gemma4_pre_feedforward_rmsnorms(
                 self.x, self.residual, *self.weights
             )
 
@@ -363,7 +363,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "no GPU: these kernels are timed on one\n")
     import sglang.kernels.ops.attention.decode_attention as fork_decode
-    import sglang.kernels.ops.layernorm.gemma4_fused_ops as fork_ops
+    import sglang.kernels.ops.attention.gemma4_qkv_norm_rope as fork_qkv
+    import sglang.kernels.ops.layernorm.gemma4_pre_feedforward as fork_norms
 
     flash = fa4.load(args.fa4) if args.fa4 else None
     torch.manual_seed(0)
@@ -379,8 +380,8 @@ def main() -> None:
 
     for tokens in tqdm(TOKENS, desc="norms", unit="case"):
         launches = 30 if tokens <= 1024 else 6
-        kernels = {"pre-feedforward norms": PreFeedforward(fork_ops, tokens)}
-        modules = base_ops, fork_ops
+        kernels = {"pre-feedforward norms": PreFeedforward(fork_norms, tokens)}
+        modules = base_ops, fork_qkv
         for layer in LAYERS:
             kernels[f"q/k/v, {layer}"] = QKV(*modules, layer, tokens)
             kernels[f"q/k/v and store, {layer}"] = QKVAndStore(*modules, layer, tokens)
@@ -395,7 +396,7 @@ def main() -> None:
 
     for tokens in tqdm((1, 8, 80, 320), desc="behind a projection", unit="case"):
         for layer in LAYERS:
-            kernel = QKV(base_ops, fork_ops, layer, tokens)
+            kernel = QKV(base_ops, fork_qkv, layer, tokens)
             hidden = torch.randn((tokens, HIDDEN), device="cuda").bfloat16()
             matrices = [
                 torch.randn((HIDDEN, sum(kernel.sizes)), device="cuda").bfloat16()

@@ -7,7 +7,8 @@ The defaults are Gemma-4-26B-A4B's experts in bfloat16 and take some minutes on 
 The files that SGLang reads are written below `--configs`: point SGLANG_MOE_CONFIG_DIR
 there to serve with them, or copy them beside its own. What was timed is kept in
 `--configs` too, so that a run which was stopped goes on where it was; `--check DIR` only
-measures the files of an earlier run.
+measures the files of an earlier run, or of several. SGLang's own files, of whatever
+Triton they are, take part.
 
 The kernel is the one that serves, called as it is served. Its tiles are timed for each
 projection alone, in CUDA graphs, under even and under skewed routing; several routings
@@ -19,17 +20,19 @@ whole layers beside the default tiles, for the keys and what lies between them.
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import math
 import multiprocessing
 import os
+import socket
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
 from unittest import mock
 
 import torch
@@ -136,13 +139,35 @@ def _neighbours(tile: Tile, projection: str, rows: float) -> List[Tile]:
 
 def _start_sglang() -> None:
     """What the kernels ask of a server: its arguments."""
-    from sglang.srt.server_args import (
-        ServerArgs,
-        set_global_server_args_for_scheduler,
-    )
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
 
-    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy"))
+    server_args = ServerArgs(model_path="dummy")
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0))
     logging.getLogger("sglang").setLevel(logging.ERROR)
+
+
+def _start_layers() -> None:
+    """What whole layers ask for beside it: the groups of GPUs, here of one."""
+    from sglang.srt.distributed import (
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from sglang.srt.layers.moe import initialize_moe_config
+
+    _start_sglang()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    init_distributed_environment(
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method=f"tcp://127.0.0.1:{port}",
+        backend="gloo",
+    )
+    initialize_model_parallel()
+    initialize_moe_config()
 
 
 def _invoke(
@@ -563,12 +588,13 @@ def _tiles_of(tiles: Dict[int, Tuple[Tile, Tile]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tiles_from(folder: Path) -> Iterator[None]:
-    """Let SGLang read its tiles from this folder."""
+def _tiles_from(folder: Optional[Path]) -> Iterator[None]:
+    """Let SGLang read its tiles from this folder; None: its own files."""
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_config
 
     fused_moe_triton_config.get_moe_configs.cache_clear()
-    with mock.patch.dict(os.environ, {"SGLANG_MOE_CONFIG_DIR": str(folder)}):
+    variable = {"SGLANG_MOE_CONFIG_DIR": str(folder)} if folder else {}
+    with mock.patch.dict(os.environ, variable):
         yield
     fused_moe_triton_config.get_moe_configs.cache_clear()
 
@@ -611,13 +637,13 @@ def _median(launches, replays: int = 5) -> float:
 
 def check(
     layer: Layer,
-    arms: Dict[str, Optional[Path]],
+    arms: Dict[str, Callable[[], ContextManager]],
     tokens_of: List[int],
     replays: int,
     results: Results,
     path: Path,
 ) -> None:
-    """Times whole layers with each arm's files, in turn, and checks that they agree."""
+    """Times whole layers with each arm's tiles, in turn, and checks that they agree."""
     weights = [_random_weights(layer, projection) for projection in (GATE_UP, DOWN)]
     for tokens in tqdm(tokens_of, desc="whole layers", unit="case"):
         for kind in ROUTINGS:
@@ -627,8 +653,8 @@ def check(
             launches = _layer_launches(layer, weights, tokens, kind)
             count = _draws(tokens)
             graphs, expected = {}, None
-            for arm, folder in arms.items():
-                with _tiles_of({}) if folder is None else _tiles_from(folder):
+            for arm, tiles in arms.items():
+                with tiles():
                     output = launches()[0].float()
                     graphs[arm] = _capture(launches)
                 expected = output if expected is None else expected
@@ -667,7 +693,9 @@ def main() -> None:
     parser.add_argument("--name", default="experts", help="of the result file")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of results")
     parser.add_argument("--configs", type=Path, default=Path("tuned"))
-    parser.add_argument("--check", type=Path, help="measure the files of this folder")
+    parser.add_argument(
+        "--check", type=Path, nargs="+", metavar="DIR", help="measure these files alone"
+    )
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--width", type=int, default=704, help="of one expert, a GPU")
     parser.add_argument("--hidden", type=int, default=2816)
@@ -691,8 +719,8 @@ def main() -> None:
         *(args.dtype, args.activation),
     )
 
-    folder = args.check or args.configs
     if args.check is None:
+        folder = args.configs
         folder.mkdir(parents=True, exist_ok=True)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
@@ -700,14 +728,22 @@ def main() -> None:
         ) as pool:
             tune(Tuner(layer, folder / "times.json", pool), list(args.keys), folder)
     else:
-        _start_sglang()
+        _start_layers()
 
     results = Results.start(
         *("kernels", args.name, "Experts of a layer"), **asdict(layer)
     )
-    arms = {"default tiles": None, "tuned": folder}
-    if (folder / "shared").exists():
-        arms["one file"] = folder / "shared"
+    arms = {
+        "default tiles": lambda: _tiles_of({}),
+        "SGLang's files": lambda: _tiles_from(None),
+    }
+    for folder in args.check or [args.configs]:
+        name = folder.name if args.check else "tuned"
+        arms[name] = functools.partial(_tiles_from, folder)
+        if (folder / "shared").exists():
+            arms[f"{name}, one file"] = functools.partial(
+                _tiles_from, folder / "shared"
+            )
     tokens = args.tokens or between(sorted(args.keys))
     check(layer, arms, tokens, args.replays, results, path)
     print(f"wrote {path}")
@@ -716,7 +752,7 @@ def main() -> None:
 
 def tune(tuner: Tuner, keys: List[int], folder: Path) -> None:
     """Times the tiles of every key and writes the files."""
-    _start_sglang()
+    _start_layers()
     wanted = {tokens: tuner.candidates(tokens) for tokens in keys}
     tuner.compile(wanted)
     for tokens in tqdm(keys, desc="tiles", unit="key"):
