@@ -6,6 +6,7 @@ On CUDA where there is a GPU, else on CPU tensors in Triton's interpreter.
 import importlib
 import os
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -90,9 +91,9 @@ class Case:
             np.concatenate([np.cos(angles), np.sin(angles)], axis=1), torch.float32
         )
 
-    def run(self) -> list:
+    def run(self, **kwargs) -> list:
         """Normalizes a copy in place; [q, k, v] as [M, heads, D] float64."""
-        wide = self.wide.clone()
+        self.after = wide = self.wide.clone()
         q, k, v = wide[:, 3:-5].split(self.sizes, dim=-1)
         ops.gemma4_qkv_rmsnorm_rope(
             q,
@@ -106,6 +107,7 @@ class Case:
             num_kv_heads=self.kv_heads,
             head_dim=self.D,
             eps=EPS,
+            **kwargs,
         )
         kept = [slice(0, 3), slice(-5, None)]
         if not self.kv:
@@ -113,6 +115,11 @@ class Case:
         for columns in kept:
             assert torch.equal(wide[:, columns], self.wide[:, columns])
         return self._heads(wide)[: 3 if self.kv else 1]
+
+    def new_kv(self) -> list:
+        """k and v of the last run, [M, kv_heads, D] each."""
+        _, *kv = self.after[:, 3:-5].split(self.sizes, dim=-1)
+        return [x.unflatten(-1, (self.kv_heads, self.D)) for x in kv]
 
     def _heads(self, wide) -> list:
         parts = wide[:, 3:-5].double().cpu().numpy()
@@ -145,8 +152,8 @@ class Case:
             found.append((y, allowed))
         return found
 
-    def check(self):
-        for got, (exact, allowed) in zip(self.run(), self.expected()):
+    def check(self, **kwargs):
+        for got, (exact, allowed) in zip(self.run(**kwargs), self.expected()):
             assert got.shape == exact.shape
             assert (abs(got - exact) <= 1.02 * allowed).all(), (
                 abs(got - exact) / allowed
@@ -266,15 +273,21 @@ def test_graph_without_sync_and_allocations(M):
             assert (abs(got - exact) <= 1.02 * allowed).all()
 
 
-def attend(attention, hidden_states, on_cuda) -> list:
-    """The tensors that a layer hands to attention."""
+def attend(attention, hidden_states, on_cuda, forward_batch=None, backend=None):
+    """The tensors that a layer hands to attention, and whether that is to store them."""
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.model_executor.forward_context import (
+        ForwardContext,
+        forward_context,
+    )
+
     project = attention.qkv_proj.forward
 
     class Seen(Exception):
         pass
 
     def seen(q, k, v, forward_batch, save_kv_cache):
-        raise Seen([q, k, v])
+        raise Seen([q, k, v], save_kv_cache)
 
     def forward(x):
         qkv, bias = project(x)
@@ -283,18 +296,27 @@ def attend(attention, hidden_states, on_cuda) -> list:
     positions = torch.arange(3, 3 + len(hidden_states))
     with mock.patch.object(attention.qkv_proj, "forward", forward), mock.patch.object(
         attention.attn, "forward", seen
-    ), torch.no_grad(), pytest.raises(Seen) as error:
-        attention(positions, hidden_states, forward_batch=None)
-    return [x.as_subclass(torch.Tensor) for x in error.value.args[0]]
+    ), torch.no_grad(), forward_context(
+        ForwardContext(backend or AttentionBackend())
+    ), pytest.raises(
+        Seen
+    ) as error:
+        attention(positions, hidden_states, forward_batch=forward_batch)
+    tensors, save_kv_cache = error.value.args
+    return [
+        x if x is None else x.as_subclass(torch.Tensor) for x in tensors
+    ], save_kv_cache
 
 
 def _attention_inputs(folder: str, port: int) -> list:
     """q, k and v as each layer of a checkpoint hands them to attention, with the launch
     and in torch."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.models import gemma4_causal
 
     model, config = load_model(folder, port)
     torch.manual_seed(0)
+    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE)
     layers = []
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -308,7 +330,7 @@ def _attention_inputs(folder: str, port: int) -> list:
             with mock.patch.object(
                 attention.rotary_emb, "forward", rotate
             ), mock.patch.multiple(gemma4_causal, gemma4_qkv_rmsnorm_rope=fused):
-                tensors = attend(attention, hidden_states, on_cuda)
+                tensors, _ = attend(attention, hidden_states, on_cuda, batch)
             calls = fused.call_count, rotate.call_count
             found[name] = (
                 [x.numpy().reshape(7, -1, attention.head_dim) for x in tensors],

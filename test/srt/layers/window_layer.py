@@ -39,18 +39,8 @@ INTERPRET = {} if CUDA else {"TRITON_INTERPRET": "1"}
 
 KERNELS = "sglang.kernels.ops"
 ATTENTION = [f"{KERNELS}.attention.{name}_attention" for name in ("decode", "extend")]
-# The kernels that the backend and the pools hold by name, and where they are from.
-DRAFTS = f"{KERNELS}.speculative.cache_locs"
-HELD = [
-    (
-        kv_index_translator,
-        f"{KERNELS}.attention.kv_indices",
-        "create_flashinfer_kv_indices_triton",
-    ),
-    (triton_backend, f"{KERNELS}.attention.metadata", "get_num_kv_splits_triton"),
-    (triton_backend, DRAFTS, "generate_draft_decode_kv_indices"),
-    (triton_backend, DRAFTS, "generate_draft_decode_window_kv_indices"),
-]
+# Who holds kernels by name.
+HOLDERS = kv_index_translator, triton_backend
 
 
 @contextlib.contextmanager
@@ -68,9 +58,12 @@ def one_process():
         enter(mock.patch.dict(sys.modules))
         for name in [name for name in sys.modules if name.startswith(KERNELS)]:
             del sys.modules[name]
-        for holder, module, kernel in HELD:
-            copy = importlib.import_module(module)
-            enter(mock.patch.object(holder, kernel, getattr(copy, kernel)))
+        for holder in HOLDERS:
+            for name, held in list(vars(holder).items()):
+                module = getattr(held, "__module__", None) or ""
+                if module.startswith(KERNELS):
+                    copy = getattr(importlib.import_module(module), held.__name__)
+                    enter(mock.patch.object(holder, name, copy))
         for name in ATTENTION:
             importlib.import_module(name)
         yield
