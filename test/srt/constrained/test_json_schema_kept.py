@@ -59,6 +59,16 @@ TAGGED = [obj({"t": {"const": tag}, "v": I}, "t") for tag in "ab"]
 TABLE = [
     ("`type`", {"type": ["integer", "null"]}, ["1", "null", '"a"', "1.5"]),
     ("`enum`, `const`", {"enum": [1, "a", {"x": [1]}]}, ["1", '"a"', '{"x":[1]}', "2"]),
+    (
+        "`enum`, `const` of an integer above 2^53",
+        {"enum": [2**53 + 1, [-(2**53) - 1]]},
+        [str(2**53 + 1), str(2**53), str([-(2**53) - 1]), str([-(2**53)])],
+    ),
+    (
+        "`enum`, `const` of an integer above 2^63",
+        {"const": 2**64 - 1},
+        [str(2**64 - 1), str(2**64)],
+    ),
     ("`enum` with other types than `type`", integers(enum=[1, "a"]), ["1", '"a"']),
     ("`enum`, `const` beside others", {"enum": [1, 2], "minimum": 2}, ["1", "2"]),
     (
