@@ -74,7 +74,9 @@ class Load:
         return min(WARMUP, max(self.prompts // 2, 1))
 
     def title(self, name: str) -> str:
-        title = f"{name} {self.input}/{self.output}, {self.prompts} prompts"
+        title = f"{self.input}/{self.output}, {self.prompts} prompts"
+        if name in LOADS:
+            title = f"{name} {title}"
         if self.groups:
             title += f" in {self.groups} groups"
         if self.at_once:
@@ -114,11 +116,15 @@ LOADS = {
     "chat": Load(1000, 1000, 80),
     "stream": Load(1000, 400, 8, at_once=1),
     "prefill": Load(8000, 1, 8, at_once=1),
+    "short-prefill": Load(1000, 1, 8, at_once=1),
     "shared-prefix": Load(4500, 500, 80, groups=8),
     "long": Load(65536, 200, 4, at_once=2),
     "128k": Load(131072, 1, 2, at_once=1),
     "crowd": Load(8000, 1000, 160),
+    "agents": Load(65536, 400, 64, at_once=32, groups=8),
 }
+OTHER_LOAD = re.compile(r"([1-9]\d*)/([1-9]\d*)x([1-9]\d*)(?:@([1-9]\d*))?")
+SEEDS = 1000  # of a repeat, one a load
 WARMUP = 2
 # A burst's prompts: tokens in all, so that it takes seconds, and tokens of each answer.
 BURST_TOKENS, BURST_OUTPUT, BURST_SEED = 131072, 8, 10**6
@@ -377,7 +383,8 @@ class Run:
         chosen = self.args.chosen[name]
         # vLLM's prefix cache lives as long as its server, so that no load may repeat
         # another's prompts; those of a load are the same in each arm.
-        seed = self.args.seed + turn.repeat * len(LOADS) + list(LOADS).index(name)
+        names = [*LOADS, *(name for name in self.args.chosen if name not in LOADS)]
+        seed = self.args.seed + turn.repeat * SEEDS + names.index(name)
         before = server.log.stat().st_size
         memory = MemoryWatch()
         result = self._ask(turn, chosen, seed, name, server, client, memory.look)
@@ -459,10 +466,26 @@ def summary(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def named_load(name: str) -> Load:
+    """One of LOADS, or 1000/500x80@8: tokens in / out x prompts, at most 8 at once.
+
+    Raises:
+        argparse.ArgumentTypeError: It is neither.
+    """
+    if name in LOADS:
+        return LOADS[name]
+    numbers = OTHER_LOAD.fullmatch(name)
+    if not numbers:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is none of {', '.join(LOADS)}, and not like 1000/500x80@8"
+        )
+    return Load(*(number and int(number) for number in numbers.groups()))
+
+
 def chosen_loads(args: argparse.Namespace) -> Dict[str, Load]:
     chosen = {}
     for name in args.loads:
-        load = LOADS[name]
+        load = named_load(name)
         if args.prompts:
             load = load.scaled(prompts=args.prompts, input=1, output=1)
         if args.quick:
@@ -585,17 +608,14 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def listed(known):
-        def parse_list(text: str) -> List[str]:
-            names = [name.strip() for name in text.split(",") if name.strip()]
-            for name in names:
-                if known and name not in known:
-                    raise argparse.ArgumentTypeError(
-                        f"{name!r} is none of {', '.join(known)}"
-                    )
-            return names
+    def listed(text: str) -> List[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
 
-        return parse_list
+    def loads(text: str) -> List[str]:
+        names = listed(text)
+        for name in names:
+            named_load(name)
+        return names
 
     def mtp(text: str) -> List[str]:
         names = [name.strip() for name in text.split(",")]
@@ -608,16 +628,15 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--shape", default="26b-a4b", help="of random weights")
     parser.add_argument("--model", type=Path, help="a checkpoint, instead of --shape")
     parser.add_argument("--draft", type=Path, help="its MTP draft's checkpoint")
-    parser.add_argument(
-        "--arms", type=listed(()), metavar="A,B", help="default: base,fork"
-    )
+    parser.add_argument("--arms", type=listed, metavar="A,B", help="default: base,fork")
     parser.add_argument("--arm", action="append", default=[], metavar="ARM")
     parser.add_argument(
         "--upto", action="append", default=[], metavar="NAME", help="same as base+NAME"
     )
     parser.add_argument(
         *("--loads", "--load"),
-        **dict(type=listed(LOADS), metavar="A,B", help=", ".join(LOADS)),
+        **dict(type=loads, metavar="A,B"),
+        help=", ".join([*LOADS, "or INPUT/OUTPUTxPROMPTS[@AT_ONCE]"]),
         default=["summarization", "chat", "stream", "prefill"],
     )
     parser.add_argument(

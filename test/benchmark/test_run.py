@@ -255,6 +255,21 @@ def test_what_bench_serving_is_told():
     )
 
 
+def test_other_loads(capsys):
+    args = run.parse(["--loads", "chat,1000/500x80@8,64/1x2"])
+    loads = run.chosen_loads(args)
+    assert list(loads) == ["chat", "1000/500x80@8", "64/1x2"]
+    assert loads["1000/500x80@8"] == run.Load(1000, 500, 80, at_once=8)
+    assert loads["64/1x2"] == run.Load(64, 1, 2)
+    titles = [load.title(name) for name, load in loads.items()]
+    assert titles[0].startswith("chat 1000/1000, 80 prompts")
+    assert titles[1:] == ["1000/500, 80 prompts, 8 at once", "64/1, 2 prompts"]
+    for text in ("1000/500", "1000/0x8", "1000/500x80@", "chats", "-1/5x8"):
+        with pytest.raises(SystemExit):
+            run.parse([f"--loads=chat,{text}"])
+        assert f"{text!r} is none of summarization, chat" in capsys.readouterr().err
+
+
 def test_fewer_prompts(capsys):
     args = run.parse(["--prompts", "40", "--loads", "summarization,prefill"])
     loads = run.chosen_loads(args)
