@@ -22,6 +22,7 @@ from typing import Dict, List, Optional
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import one_rank  # noqa: E402
 import serving  # noqa: E402
 from checkpoint import SHAPES, write_checkpoint  # noqa: E402
 from plan_kv_pools import positive  # noqa: E402
@@ -35,35 +36,16 @@ SAID = "bench_vision: "
 
 def build(model: str, flags: List[str]):
     """The arm's model on the GPU, or on the CPU in float32; in the arm's process."""
-    import socket
-
     import torch
 
-    from sglang.srt.distributed import (
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
-    from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils.hf_transformers_utils import get_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args = prepare_server_args(["--model-path", model, "--device", device, *flags])
-    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0))
-    with socket.socket() as s:
-        s.bind((serving.HOST, 0))
-        port = s.getsockname()[1]
-    init_distributed_environment(
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method=f"tcp://{serving.HOST}:{port}",
-        backend="gloo",
+    one_rank.start(
+        prepare_server_args(["--model-path", model, "--device", device, *flags])
     )
-    initialize_model_parallel()
-    initialize_moe_config()
     config = get_config(model, trust_remote_code=False)
     config.text_config.num_hidden_layers = 1
     torch.manual_seed(0)
@@ -230,11 +212,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             raise HouseError(f"--shape {args.shape}: choose of {', '.join(SHAPES)}.")
         args.logs = args.logs.resolve()
         args.logs.mkdir(parents=True, exist_ok=True)
-        chosen = [name for name in args.arms.split(",") if name]
-        given = (chosen or ([] if args.arm else ["fork"])) + args.arm
-        arms = [serving.parse_arm(text) for text in given]
-        for arm in arms:
-            arm.probe()
+        arms = serving.chosen_arms(args.arms, args.arm, ["fork"])
         results = Results.start(
             *("kernels", args.name, "The vision tower"),
             shape=args.shape,

@@ -426,11 +426,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             )
         serving.check_port(args.port)
         args.logs = args.logs.resolve()
-        chosen = [name for name in args.arms.split(",") if name]
-        given = (chosen or ([] if args.arm else ["fork"])) + args.arm
-        arms = [serving.parse_arm(text) for text in given]
-        for arm in arms:
-            arm.probe()
+        arms = serving.chosen_arms(args.arms, args.arm, ["fork"])
         results = Results.start(
             *("quality", args.name, "Prompts with pictures, small models"),
             server=args.flags,

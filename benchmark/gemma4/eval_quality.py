@@ -329,11 +329,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                 f"--mmlu {args.mmlu} is not there: it is simple-evals' mmlu.csv."
             )
         args.model, args.logs = args.model.resolve(), args.logs.resolve()
-        chosen = [name for name in args.arms.split(",") if name]
-        given = (chosen or ([] if args.arm else ["base", "fork"])) + args.arm
-        arms = [serving.parse_arm(text) for text in given]
-        for arm in arms:
-            arm.probe()
+        arms = serving.chosen_arms(args.arms, args.arm, ["base", "fork"])
         title = "MMLU" if args.mmlu else "A small trained Gemma-4 MoE"
         results = Results.start(
             *("quality", args.name, title),

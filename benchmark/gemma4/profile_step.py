@@ -763,11 +763,8 @@ def add_floors(args, results: Results) -> None:
 def profile(args, layers: List[str], results: Results, path: Path) -> None:
     serving.check_port(args.port)
     args.logs = args.logs.resolve()
-    chosen = [name for name in args.arms.split(",") if name]
-    given = (chosen or ([] if args.arm else ["base", "fork"])) + args.arm
-    arms = [serving.parse_arm(text) for text in given]
+    arms = serving.chosen_arms(args.arms, args.arm, ["base", "fork"])
     for arm in arms:
-        arm.probe()
         known = results.settings["arms"].get(arm.name)
         if known and known["code_sha256"] != arm.code:
             raise HouseError(

@@ -249,6 +249,21 @@ def parse_arm(text: str) -> Arm:
     return arm
 
 
+def chosen_arms(names: str, more: List[str], default: List[str]) -> List[Arm]:
+    """The arms of --arms, names with commas between, and of each --arm; `default` where
+    neither is given. Each is probed.
+
+    Raises:
+        HouseError: One is no arm, or its environment has no such engine.
+    """
+    chosen = [name for name in names.split(",") if name]
+    given = (chosen or ([] if more else default)) + more
+    arms = [parse_arm(text) for text in given]
+    for arm in arms:
+        arm.probe()
+    return arms
+
+
 def release(upto: str = "") -> Path:
     """The folder of the pinned release with the patches up to this name; kept."""
     sys.path.insert(0, str(ROOT / "python"))

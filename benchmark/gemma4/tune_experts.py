@@ -26,7 +26,6 @@ import logging
 import math
 import multiprocessing
 import os
-import socket
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -40,6 +39,7 @@ import triton
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+import one_rank  # noqa: E402
 from results import FOLDER, Results, table  # noqa: E402
 
 KEYS = (
@@ -138,7 +138,7 @@ def _neighbours(tile: Tile, projection: str, rows: float) -> List[Tile]:
 
 
 def _start_sglang() -> None:
-    """What the kernels ask of a server: its arguments."""
+    """What compiling kernels asks of a server: its arguments."""
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import ServerArgs
 
@@ -148,26 +148,11 @@ def _start_sglang() -> None:
 
 
 def _start_layers() -> None:
-    """What whole layers ask for beside it: the groups of GPUs, here of one."""
-    from sglang.srt.distributed import (
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from sglang.srt.layers.moe import initialize_moe_config
+    """What whole layers ask for: its groups of GPUs, too."""
+    from sglang.srt.server_args import ServerArgs
 
-    _start_sglang()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    init_distributed_environment(
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method=f"tcp://127.0.0.1:{port}",
-        backend="gloo",
-    )
-    initialize_model_parallel()
-    initialize_moe_config()
+    one_rank.start(ServerArgs(model_path="dummy"))
+    logging.getLogger("sglang").setLevel(logging.ERROR)
 
 
 def _invoke(
