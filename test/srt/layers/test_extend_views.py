@@ -43,7 +43,9 @@ def extend(q, k, v):
     layer.backend.init_forward_metadata(batch)
     kernel = mock.Mock(wraps=layer.backend.extend_attention_fwd)
     with mock.patch.object(layer.backend, "extend_attention_fwd", kernel):
-        out = layer.backend.forward_extend(q.contiguous(), k, v, layer.layer, batch)
+        out = layer.backend.forward_extend(
+            q.contiguous(), k, v, layer.layer, batch, save_kv_cache=False
+        )
     return out, kernel.call_args.args[1:3]
 
 
