@@ -1,6 +1,7 @@
 """Answers as Gemma 4 writes them, right and wrong, with what the API must say of them."""
 
 import json
+import sys
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -165,6 +166,12 @@ MORE_ANSWERS = [
         "",
     ),
     (
+        "closing JSON quote left out",
+        call('limit:1,query:"x') + call('query:"y"'),
+        _searches({"limit": 1, "query": "x"}, {"query": "y"}),
+        "",
+    ),
+    (
         "no delimiters",
         call("query:red shoes, size 9,limit:5"),
         _searches({"query": "red shoes, size 9", "limit": 5}),
@@ -216,6 +223,12 @@ MORE_ANSWERS = [
         "JSON",
         call('"query": "say \\"hi\\"\\n\\ud83d\\ude00", "limit": 5, "a": {"b": null}'),
         _searches({"query": 'say "hi"\n\U0001f600', "limit": 5, "a": {"b": None}}),
+        "",
+    ),
+    (
+        "escaped quotes before what would end a string or a key",
+        call('a:"x\\",limit:5","b\\"":"\\"}"'),
+        _searches({"a": 'x",limit:5', 'b"': '"}'}),
         "",
     ),
     (
@@ -394,6 +407,26 @@ def pieces(text: str, cuts) -> list:
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
 
 
+def work(scanner, text: str, size: int) -> float:
+    """Function calls, Python's and C's, that a scanner makes for a character of `text`
+    in pieces of `size`."""
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    parts = pieces(text, range(0, len(text), size))
+    sys.setprofile(count)
+    try:
+        for part in parts:
+            scanner.feed(part)
+        scanner.finish()
+    finally:
+        sys.setprofile(None)
+    return calls / len(text)
+
+
 def add_calls(calls: list, items: list) -> None:
     """Add streamed items to `calls`, which holds a list [name, arguments] for each call."""
     for item in items:
@@ -438,7 +471,7 @@ PIECES = [
     f"{CHANNEL_START}thought\n",
 ]
 STARTS = ["", f"{TOOL_CALL_START}call:web_search{{", f"{CHANNEL_START}thought\n"]
-STARTS.append(f"{STARTS[1]}query:{STRING_DELIM}")
+STARTS += [f"{STARTS[1]}query:{STRING_DELIM}", f'{STARTS[1]}query:"']
 TEXTS = st.builds(
     lambda start, parts: start + "".join(parts),
     st.sampled_from(STARTS),

@@ -38,7 +38,7 @@ from gemma4_answers import (  # noqa: E402
     function_tool,
     loads,
     parse_calls,
-    pieces,
+    work,
 )
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
@@ -111,26 +111,6 @@ def depth(value) -> int:
     return 0
 
 
-def work(text: str, size: int) -> float:
-    """Function calls, Python's and C's, a character of `text` in pieces of `size`."""
-    scanner = Gemma4ToolCallScanner(lambda name: {})
-    calls = 0
-
-    def count(frame, event, arg):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    parts = pieces(text, range(0, len(text), size))
-    sys.setprofile(count)
-    try:
-        for part in parts:
-            scanner.feed(part)
-        scanner.finish()
-    finally:
-        sys.setprofile(None)
-    return calls / len(text)
-
-
 def in_order(calls) -> str:
     """Calls with sorted keys, as the template sorts them."""
     return json.dumps(calls, sort_keys=True)
@@ -179,15 +159,20 @@ class TestGemma4Detector(CustomTestCase):
             self.assertEqual(depth(arguments), MAX_DEPTH)
 
     def test_work_is_linear(self):
-        """The work for a character does not grow with the text, whatever repeats."""
-        for start in STARTS:
+        """The work for a character grows neither with the text nor with what is open,
+        whatever repeats."""
+
+        def scanner():
+            return Gemma4ToolCallScanner(lambda name: {})
+
+        nested = f"{STARTS[1]}a:" + "{a:" * (MAX_DEPTH - 2)
+        for start in [*STARTS, nested]:
             for piece in [*PIECES, "a,", "a:", "} ", f"a{STRING_DELIM}:"]:
-                for whole in (False, True):
-                    with self.subTest(start=start, piece=piece, whole=whole):
-                        text = start + piece * (2000 // len(piece))
-                        for part in (text[: len(text) // 4], text):
-                            calls = work(part, len(part) if whole else 1)
-                            self.assertLess(calls, 50)
+                text = start + piece * (2000 // len(piece))
+                for part in (text[: len(text) // 4], text):
+                    with self.subTest(start=start, piece=piece, size=len(part)):
+                        self.assertLess(work(scanner(), part, 1), 30)
+                        self.assertLess(work(scanner(), part, len(part)), 15)
 
     @MANY
     @given(TEXTS, CUTS)

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
-from sglang.srt.parser.gemma4_thoughts import CHANNEL_END, CHANNEL_START
+from sglang.srt.parser.gemma4_thoughts import (
+    CHANNEL_END,
+    CHANNEL_START,
+    Gemma4ThoughtScanner,
+)
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -20,6 +24,8 @@ from gemma4_answers import (  # noqa: E402
     CUTS,
     MANY,
     MORE_THOUGHTS,
+    PIECES,
+    STARTS,
     TEXTS,
     THOUGHTS,
     TOOLS,
@@ -28,6 +34,7 @@ from gemma4_answers import (  # noqa: E402
     loads,
     parse_calls,
     pieces,
+    work,
 )
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
@@ -140,6 +147,20 @@ class TestGemma4Reasoning(CustomTestCase):
             parser = ReasoningParser("gemma4", request=request)
             parser.parse_stream_chunk(text)
             self.assertEqual(parser.parse_stream_end(), ("", text[18:]))
+
+    def test_work_is_linear(self):
+        """The work for a character does not grow with the text, whatever repeats."""
+
+        def scanner():
+            return Gemma4ThoughtScanner(lambda name: True)
+
+        for start in STARTS:
+            for piece in PIECES:
+                text = start + piece * (2000 // len(piece))
+                for part in (text[: len(text) // 4], text):
+                    with self.subTest(start=start, piece=piece, size=len(part)):
+                        self.assertLess(work(scanner(), part, 1), 25)
+                        self.assertLess(work(scanner(), part, len(part)), 5)
 
     @MANY
     @given(TEXTS, CUTS, st.booleans())
