@@ -3,18 +3,21 @@
     python benchmark/gemma4/plot.py benchmark/gemma4/results/routing-h200.json --out docs/img
 
 A case that varies in one number gives a curve over it, one line an arm; a case of
-words gives grouped bars. One picture for each metric and each value of the rest of
-the case. With `stacked` among the settings, the records that have that part of the case
-are one picture: a bar for each arm in each other case, cut into the part's values. The bytes of a picture depend on the result file alone.
+words gives bars, a panel for each of its values, with a scale of its own. One picture for
+each metric and each value of the rest of the case. With `stacked` among the settings, the
+records that have that part of the case are one picture: a bar for each arm in each other
+case, cut into the part's values. The bytes of a picture depend on the result file alone.
 """
 
 import argparse
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Dict, List
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -66,20 +69,25 @@ def draw(results: Results, folder: Path) -> List[Path]:
     axis = axis_of(results.records)
     paths = []
     for name, records in figures(results).items():
+        path = folder / f"{name}.svg"
+        numeric = all(is_number(r.case.get(axis)) for r in records)
+        where = results.hardware.get("gpu", results.hardware.get("cpu", ""))
+        rest = [_said(k, v) for k, v in records[0].case.items() if k != axis]
+        title = ", ".join([results.title, *rest, f"{where}"])
         with plt.rc_context(RC):
-            figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-            numeric = all(is_number(r.case.get(axis)) for r in records)
-            (_curves if numeric else _bars)(axes, records, axis, results)
-            rest = [f"{v}" for k, v in records[0].case.items() if k != axis]
-            where = results.hardware.get("gpu", results.hardware.get("cpu", ""))
-            axes.set_title(", ".join([results.title, *rest, f"{where}"]), fontsize=11)
-            axes.set_ylabel(f"{records[0].metric}, {records[0].unit}")
-            axes.legend()
-            path = folder / f"{name}.svg"
+            drawn = _draw_curves if numeric else _draw_bars
+            figure = drawn(records, axis, results, title)
             figure.savefig(path, metadata={"Date": None, "Creator": None})
             plt.close(figure)
         paths.append(path)
     return paths
+
+
+def _said(part: str, value) -> str:
+    """A part of a case, as a title says it."""
+    if part == "mtp":
+        return "without MTP" if value == "off" else f"with MTP, {value}"
+    return f"{value}"
 
 
 def save_above_legend(figure, path: Path, colours: Dict[str, str], room: float) -> None:
@@ -107,7 +115,8 @@ def _styles(records: List[Record], results: Results) -> Dict[str, dict]:
     return {arm: style for arm, style in styles.items() if arm in here}
 
 
-def _curves(axes, records: List[Record], axis: str, results: Results) -> None:
+def _draw_curves(records: List[Record], axis: str, results: Results, title: str):
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for arm, style in _styles(records, results).items():
         points = sorted(
             (r.case[axis], r.median, min(r.samples), max(r.samples))
@@ -133,30 +142,54 @@ def _curves(axes, records: List[Record], axis: str, results: Results) -> None:
     else:
         axes.set_ylim(bottom=0)
     axes.set_xlabel(axis)
+    axes.set_title(title, fontsize=11)
+    axes.set_ylabel(f"{records[0].metric}, {records[0].unit}")
+    axes.legend()
+    return figure
 
 
-def _bars(axes, records: List[Record], axis: str, results: Results) -> None:
-    ticks = list(dict.fromkeys(str(record.case.get(axis, "")) for record in records))
+def _draw_bars(records: List[Record], axis: str, results: Results, title: str):
+    """A panel for each value of the axis, one below the other, as wide as a phone."""
     styles = _styles(records, results)
-    width = 0.8 / len(styles)
-    for i, (arm, style) in enumerate(styles.items()):
-        mine = {str(r.case.get(axis, "")): r for r in records if r.arm == arm}
-        x = [
-            n + (i - (len(styles) - 1) / 2) * width
-            for n, t in enumerate(ticks)
-            if t in mine
-        ]
-        found = [mine[t] for t in ticks if t in mine]
-        errors = [
-            [r.median - min(r.samples) for r in found],
-            [max(r.samples) - r.median for r in found],
-        ]
-        axes.bar(
-            *(x, [r.median for r in found], 0.9 * width),
-            **{"yerr": errors, "capsize": 2, "label": arm, "color": style["color"]},
+    panels: Dict[str, List[Record]] = {}
+    for record in records:
+        panels.setdefault(str(record.case.get(axis, "")), []).append(record)
+    bars = [len(found) for found in panels.values()]
+    figure, all_axes = plt.subplots(
+        *(len(panels), 1),
+        **dict(figsize=(5, 0.9 + sum(0.55 + 0.26 * n for n in bars))),
+        **dict(
+            layout="constrained", squeeze=False, height_ratios=[n + 1 for n in bars]
+        ),
+    )
+    for axes, (panel, found) in zip(all_axes[:, 0], panels.items()):
+        found.sort(key=lambda record: list(styles).index(record.arm))
+        medians = [record.median for record in found]
+        least, most = zip(*((min(r.samples), max(r.samples)) for r in found))
+        axes.barh(
+            *(range(len(found)), medians, 0.8),
+            xerr=[np.subtract(medians, least), np.subtract(most, medians)],
+            color=[styles[record.arm]["color"] for record in found],
+            capsize=2,
         )
-    axes.set_xticks(range(len(ticks)), ticks)
-    axes.grid(axis="x", visible=False)
+        for y, record in enumerate(found):
+            axes.annotate(
+                *(f"{record.median:,.4g}", (max(record.samples), y)),
+                **dict(xytext=(5, 0), textcoords="offset points", va="center"),
+            )
+        axes.set_yticks(range(len(found)), [record.arm for record in found])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.25 * max(most) or 1)
+        axes.set_title(panel, loc="left", fontsize=10)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.grid(visible=False)
+    unit = records[0].unit
+    better = {"s": "less is better", "ms": "less is better", "tok/s": "more is better"}
+    parts = [f"{records[0].metric}, {unit}", *filter(None, [better.get(unit)])]
+    lines = [*textwrap.wrap(title, 56), " – ".join(parts)]
+    figure.suptitle("\n".join(lines), fontsize=11)
+    return figure
 
 
 def _draw_stacked(results: Results, part: str, folder: Path) -> Path:
