@@ -3,6 +3,7 @@
     python benchmark/gemma4/checkpoint.py OUT --shape tiny
     python benchmark/gemma4/checkpoint.py OUT --shape 26b-a4b --assistant
     python benchmark/gemma4/checkpoint.py OUT --shape e2b --no-weights
+    python benchmark/gemma4/checkpoint.py OUT --shape 31b --weights fp8-dynamic
 
 The folder holds what a released one holds: config, generation config, tokenizer,
 chat template, processor, and sharded safetensors with an index. Names and shapes of
@@ -16,7 +17,8 @@ Each weight is drawn from a generator seeded by the seed and the weight's name, 
 weight's values depend neither on the order of drawing nor on the other weights. The
 large shapes are drawn on the GPU when there is one, and a GPU's generator gives other
 numbers than a CPU's; the tiny ones are always drawn on the CPU and are the same
-everywhere.
+everywhere. With `--weights` the same weights are stored in FP8, in one of the forms of
+fp8_forms.py.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -50,6 +53,8 @@ RECIPE_FILE = "checkpoint.json"
 # Raised whenever the same arguments begin to give another folder.
 RECIPE_VERSION = 4
 CONFIG_FORMATS = ("flat", "per-layer")
+# The side of a block of weights that share a scale.
+FP8_BLOCK, TINY_FP8_BLOCK = 128, 32
 CLIP_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 MAX_SHARD_BYTES = 2 * 10**9
 # Tokenizer, processor and configs of a large shape come to about 25 MB.
@@ -125,6 +130,16 @@ CHAT_TEMPLATE = """\
 """
 
 
+def _fp8_forms():
+    """The module beside this one, which nothing but weights in FP8 asks for."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        import fp8_forms
+    finally:
+        sys.path.pop(0)
+    return fp8_forms
+
+
 class CheckpointError(Exception):
     """A request that cannot be met; the message is one sentence for the user."""
 
@@ -152,6 +167,11 @@ class Shape:
     # Weights of the released shapes are N(0, 0.02) and ones; those of the tiny ones
     # are made for tests that compare logits (see _fill_tiny).
     tiny: bool = False
+
+    def fp8_form(self, name: str, assistant: bool = False):
+        block = TINY_FP8_BLOCK if self.tiny else FP8_BLOCK
+        mixed = "num_experts" in self.text and not assistant
+        return _fp8_forms().Form(name, block, mixed)
 
     def transformers_class(self, name: str):
         """The class that transformers calls Gemma4… or Gemma4Unified…."""
@@ -621,13 +641,18 @@ def _processor(shape: Shape, tokenizer):
 # Weights ---------------------------------------------------------------------
 
 
-def on_meta(config) -> dict[str, torch.Tensor]:
-    """Names and shapes that save_pretrained of the config's model class would write."""
+def _meta_model(config) -> torch.nn.Module:
     import transformers
-    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
-        model = getattr(transformers, config.architectures[0])(config)
+        return getattr(transformers, config.architectures[0])(config)
+
+
+def on_meta(config) -> dict[str, torch.Tensor]:
+    """Names and shapes that save_pretrained of the config's model class would write."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = _meta_model(config)
     tied = model.all_tied_weights_keys
     weights = {k: v for k, v in model.state_dict().items() if k not in tied}
     # Modules of Gemma 4 Unified are named otherwise than its checkpoints.
@@ -732,28 +757,38 @@ def _draw(
     return weight.to(dtype)
 
 
+def _stored(form, name: str, weight: torch.Tensor):
+    return {name: weight} if form is None else form.stored(name, weight)
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(v.numel() * v.element_size() for v in tensors.values())
+
+
 def _save_weights(
     folder: Path,
     shape: Shape,
     seed: int,
     weights: dict[str, torch.Tensor],
-    dtype: torch.dtype,
+    form,
     max_shard_bytes: int,
 ) -> None:
     """Draw and save shard by shard; at most one shard a thread is held in memory."""
-    weights = {
-        k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()
-    }
-    plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_bytes)
+    stored, drawn_as = {}, {}
+    for name, weight in weights.items():
+        parts = _stored(form, name, weight)
+        stored.update(parts)
+        drawn_as.update(dict.fromkeys(parts, name))
+    plan = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_bytes)
     device = "cuda" if torch.cuda.is_available() and not shape.tiny else "cpu"
     threads = 6 if device == "cuda" else 2
-    total = sum(v.numel() * v.element_size() for v in weights.values())
+    total = _bytes(stored)
 
     def save(tensors: dict[str, torch.Tensor], path: Path) -> int:
         save_file(tensors, path, metadata={"format": "pt"})
         # safetensors makes its files private.
         shutil.copymode(folder / "config.json", path)
-        return sum(v.numel() * v.element_size() for v in tensors.values())
+        return _bytes(tensors)
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(
@@ -764,17 +799,12 @@ def _save_weights(
         for file, names in plan.filename_to_tensors.items():
             if len(running) == threads:
                 progress.update(running.pop(0).result())
-            tensors = {
-                name: _draw(
-                    shape,
-                    seed,
-                    name,
-                    weights[name].shape,
-                    weights[name].dtype,
-                    device,
-                ).cpu()
-                for name in names
-            }
+            tensors = {}
+            for name, parts in itertools.groupby(names, drawn_as.get):
+                size, dtype = weights[name].shape, weights[name].dtype
+                weight = _draw(shape, seed, name, size, dtype, device)
+                whole = _stored(form, name, weight)
+                tensors.update({part: whole[part].cpu() for part in parts})
             running.append(pool.submit(save, tensors, folder / file))
         for future in running:
             progress.update(future.result())
@@ -842,6 +872,7 @@ def write_checkpoint(
     dtype: str = "bfloat16",
     seed: int = 0,
     weights: bool = True,
+    fp8: Optional[str] = None,
     config_format: str = "flat",
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -856,6 +887,7 @@ def write_checkpoint(
         dtype: a name in `DTYPES`.
         seed: what all weights are drawn from.
         weights: False leaves the weights out, for `--load-format dummy`.
+        fp8: a name in fp8_forms.FORMS, for weights in FP8; None for `dtype`.
         config_format: "flat" states `global_head_dim` and `num_global_key_value_heads`,
             as the released folders and transformers 5.6 do; "per-layer" states
             `per_layer_config`, as transformers 5.19 does, which reads both.
@@ -883,6 +915,11 @@ def write_checkpoint(
             f"Unknown config format {config_format!r}; choose one of "
             f"{', '.join(CONFIG_FORMATS)}."
         )
+    if fp8 is not None and fp8 not in _fp8_forms().FORMS:
+        raise CheckpointError(
+            f"Unknown form of FP8 {fp8!r}; choose one of "
+            f"{', '.join(_fp8_forms().FORMS)}."
+        )
     if assistant and text_only:
         raise CheckpointError(
             "An assistant has no vision tower to leave out; drop one of --assistant "
@@ -900,6 +937,8 @@ def write_checkpoint(
         "config_format": config_format,
         "max_shard_bytes": max_shard_bytes,
     }
+    if fp8 is not None:
+        recipe["fp8"] = fp8
     if _is_there(out, recipe, overwrite):
         return False
 
@@ -909,9 +948,23 @@ def write_checkpoint(
         if assistant
         else _target_config(spec, text_only, dtype)
     )
-    tensors = on_meta(config) if weights else {}
-    item = DTYPES[dtype].itemsize
-    needed = sum(v.numel() for v in tensors.values()) * item + OTHER_FILES_BYTES
+    form = None if fp8 is None else spec.fp8_form(fp8, assistant)
+    tensors = {
+        k: v.to(DTYPES[dtype]) if v.is_floating_point() else v
+        for k, v in on_meta(config).items()
+    }
+    if form is not None:
+        linears = [
+            name
+            for name, module in _meta_model(config).named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        config.quantization_config = form.config(linears)
+    if not weights:
+        tensors = {}
+    needed = OTHER_FILES_BYTES + sum(
+        _bytes(_stored(form, name, weight)) for name, weight in tensors.items()
+    )
 
     parent = out.parent
     try:
@@ -931,9 +984,7 @@ def write_checkpoint(
         with _claim(partial):
             _write_files(partial, spec, config, config_format)
             if tensors:
-                _save_weights(
-                    partial, spec, seed, tensors, DTYPES[dtype], max_shard_bytes
-                )
+                _save_weights(partial, spec, seed, tensors, form, max_shard_bytes)
             _write_json(partial / RECIPE_FILE, recipe)
             _publish(partial, out, recipe, overwrite)
     except OSError as e:
@@ -961,9 +1012,9 @@ def _is_there(out: Path, recipe: dict, overwrite: bool) -> bool:
         )
     if not overwrite:
         changed = ", ".join(
-            f"{key} {found.get(key)!r} instead of {recipe[key]!r}"
-            for key in recipe
-            if found.get(key) != recipe[key]
+            f"{key} {found.get(key)!r} instead of {recipe.get(key)!r}"
+            for key in {**recipe, **found}
+            if found.get(key) != recipe.get(key)
         )
         raise CheckpointError(
             f"{out} holds another checkpoint ({changed}); pass --overwrite to replace "
@@ -1036,6 +1087,11 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument(
         "--text-only", action="store_true", help="a text model's folder, without vision"
     )
+    parser.add_argument(
+        "--weights",
+        choices=_fp8_forms().FORMS,
+        help="store them in FP8, in one of the published forms (see fp8_forms.py)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -1070,6 +1126,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             dtype=args.dtype,
             seed=args.seed,
             weights=not args.no_weights,
+            fp8=args.weights,
             config_format=args.config_format,
             overwrite=args.overwrite,
         )

@@ -1,6 +1,7 @@
 """The checkpoint factory writes folders that transformers loads, or says why not."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -212,7 +213,8 @@ def family(tmp_path_factory):
     root = tmp_path_factory.mktemp("family")
 
     def write(shape, config_format="flat", **kind):
-        folder = root / "-".join([shape, *kind, config_format])
+        names = [kind["fp8"] if k == "fp8" else k for k in kind]
+        folder = root / "-".join([shape, *names, config_format])
         write_checkpoint(
             folder, shape, dtype="float32", config_format=config_format, **kind
         )
@@ -399,6 +401,106 @@ def test_assistant_is_what_the_loader_wants(folders):
     assert weights["post_projection.weight"].shape == (128, 64)
     assert weights["model.layers.3.self_attn.q_proj.weight"].shape == (4 * 64, 64)
     assert weights["model.embed_tokens.weight"].shape == (2048, 64)
+
+
+# FP8 -------------------------------------------------------------------------
+
+MADE_BY_LLM_COMPRESSOR = ("fp8-dynamic", "fp8-block", "fp8-static")
+
+
+def _error(stored, weight):
+    """Of a weight that was stored in FP8, relative to what it was."""
+    return ((stored.float() - weight.float()).norm() / weight.float().norm()).item()
+
+
+@pytest.mark.parametrize(
+    "shape, form",
+    [(name, "fp8-dynamic") for name in TINY if name != "tiny"]
+    + [("tiny-31b", "fp8-block"), ("tiny-31b", "fp8-static")],
+)
+def test_transformers_reads_fp8(family, shape, form):
+    """The oracle of names, scales and config is transformers with compressed-tensors,
+    LLM Compressor's own reader. It knows no experts."""
+    for kind in ({}, {"text_only": True}, {"assistant": True}):
+        folder = family(shape, fp8=form, **kind)
+        config = json.loads((folder / "config.json").read_text())
+        model, info = getattr(transformers, config["architectures"][0]).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            assert not info[problem], problem
+        read, errors = model.state_dict(), []
+        for name, weight in _load(family(shape, **kind)).state_dict().items():
+            if not torch.equal(read[name], weight):
+                assert not re.search("tower|embed|norm|router", name), name
+                errors.append(_error(read[name], weight))
+        # FP8 has 3 bits behind the first one.
+        assert len(errors) >= 4 * len(model.model.layers if kind else [0])
+        assert 0.01 < min(errors) and max(errors) < 0.05
+
+
+@pytest.mark.parametrize("form", [*MADE_BY_LLM_COMPRESSOR, "fp8-fine-grained"])
+def test_fp8_experts(family, form):
+    """Each expert's scales give its weights back."""
+    plain, stored = _weights(family("tiny")), _weights(family("tiny", fp8=form))
+    layer = "model.language_model.layers.3.experts"
+    gate_up, down = plain[f"{layer}.gate_up_proj"], plain[f"{layer}.down_proj"]
+    if form == "fp8-fine-grained":
+        for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
+            quantized = stored[f"{layer}.{name}"]
+            scale = stored[f"{layer}.{name}_scale_inv"]
+            assert quantized.dtype == torch.float8_e4m3fn
+            for axis in (1, 2):
+                scale = scale.repeat_interleave(32, axis)
+            assert _error(quantized.float() * scale, weight) < 0.05
+        return
+    assert f"{layer}.gate_up_proj" not in stored
+    for expert in (0, 15):
+        gate, up = gate_up[expert].chunk(2)
+        for name, weight in (("gate", gate), ("up", up), ("down", down[expert])):
+            module = f"{layer}.{expert}.{name}_proj"
+            quantized, scale = (
+                stored[f"{module}.weight"],
+                stored[f"{module}.weight_scale"],
+            )
+            assert quantized.dtype == torch.float8_e4m3fn
+            # Blocks do not fit the experts of the real shape.
+            rows = [len(weight), 1] if form == "fp8-dynamic" else [1]
+            assert list(scale.shape) == rows
+            assert _error(quantized.float() * scale, weight) < 0.05
+            assert (f"{module}.input_scale" in stored) == (form != "fp8-dynamic")
+
+
+@pytest.mark.parametrize("form", ["fp8-dynamic", "fp8-block"])
+def test_fp8_in_shards_is_the_same(tmp_path, form):
+    write_checkpoint(tmp_path / "one", fp8=form)
+    write_checkpoint(tmp_path / "many", fp8=form, max_shard_bytes=10**6)
+    one, many = _weights(tmp_path / "one"), _weights(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[k].float(), many[k].float()) for k in one)
+    with pytest.raises(CheckpointError, match="fp8 .* instead of None"):
+        write_checkpoint(tmp_path / "one")
+
+
+@pytest.mark.parametrize("shape", RELEASED)
+def test_fp8_of_the_large_shapes(shape):
+    """What is in blocks, and what is too narrow for them."""
+    spec, mixed = checkpoint.SHAPES[shape], shape == "26b-a4b"
+    form = spec.fp8_form("fp8-block")
+    groups = form.config([])["config_groups"].values()
+    blocks = [group["weights"].get("block_structure") for group in groups]
+    assert blocks == ([[128, 128], None] if mixed else [[128, 128]])
+    config = checkpoint._target_config(spec, False, "bfloat16")
+    for name, weight in checkpoint.on_meta(config).items():
+        if ".experts." in name:
+            weight = weight[:2]
+        for part, tensor in form.stored(name, weight).items():
+            if tensor.dtype == torch.float8_e4m3fn:
+                whole = all(size % 128 == 0 for size in tensor.shape)
+                assert whole or mixed and re.search(r"\.(mlp|experts)\.", part), part
 
 
 # The large shapes, without their weights -------------------------------------

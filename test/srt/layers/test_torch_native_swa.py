@@ -55,13 +55,19 @@ def _dense(q, k, v, window: int):
 
 
 class TestTorchNativeSWA(CustomTestCase):
+    kv_dtype = torch.float32
+
+    def as_stored(self, values: torch.Tensor) -> torch.Tensor:
+        """What the cache makes of keys or values."""
+        return values
+
     def setUp(self):
         torch.manual_seed(0)
         self.pool = SWAKVPool(
             size=FULL_SLOTS,
             size_swa=SWA_SLOTS,
             page_size=1,
-            dtype=torch.float32,
+            dtype=self.kv_dtype,
             head_num=KV_HEADS,
             head_dim=HEAD_DIM,
             swa_attention_layer_ids=[SLIDING],
@@ -109,7 +115,10 @@ class TestTorchNativeSWA(CustomTestCase):
                 buffers = self.pool.get_kv_buffer(layer_id)
                 where = keep if layer_id == FULL else mapping[keep]
                 for buffer, values in zip(buffers, (k, v)):
-                    buffer[where] = values[prefix - len(keep) : prefix]
+                    values = self.as_stored(values[prefix - len(keep) : prefix])
+                    # Torch does not write FP8 by index.
+                    kept = torch.float32 if buffer.dtype.itemsize == 4 else torch.uint8
+                    buffer.view(kept)[where] = values.to(buffer.dtype).view(kept)
                 self.backend.req_to_token_pool.req_to_token[req, : len(slots)] = slots
         batch = SimpleNamespace(
             lookahead=None,
@@ -136,6 +145,7 @@ class TestTorchNativeSWA(CustomTestCase):
             for got, queries, (k, v) in zip(
                 out.split(new_lens), q.split(new_lens), cached[layer_id]
             ):
+                k, v = self.as_stored(k), self.as_stored(v)
                 expected = _dense(queries, k, v, layer.sliding_window_size)
                 torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
 

@@ -95,12 +95,17 @@ class Served:
         return f"{FOLDERS}/{cls.folder}"
 
     @classmethod
+    def oracle_path(cls) -> str:
+        """That of the same weights for transformers."""
+        return cls.path()
+
+    @classmethod
     def setUpClass(cls):
-        path = cls.path()
-        config = json.loads(Path(path, "config.json").read_text())
+        path, oracle_path = cls.path(), cls.oracle_path()
+        config = json.loads(Path(oracle_path, "config.json").read_text())
         model_class = getattr(transformers, config["architectures"][0])
         cls.oracle = model_class.from_pretrained(
-            path,
+            oracle_path,
             dtype=getattr(torch, cls.dtype),
             attn_implementation="eager",
             experts_implementation="eager",
