@@ -220,7 +220,11 @@ def gpu_kv_bytes(folder: str, mem_fraction_static: float, tp_size: int) -> int:
     with torch.device("meta"):
         text_only = config.model_type == "gemma4_text"
         model = (Gemma4ForCausalLM if text_only else Gemma4)(config)
-    weights = sum(p.numel() for p in model.parameters()) * 2 // tp_size
+    # Each rank has all embeddings, and its part of the rest.
+    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    whole = sum(m.weight.numel() for m in embeddings)
+    shared = sum(p.numel() for p in model.parameters()) - whole
+    weights = 2 * (whole + shared // tp_size)
     free, _ = torch.cuda.mem_get_info()
     left = int(free * mem_fraction_static) - weights
     if left <= 0:

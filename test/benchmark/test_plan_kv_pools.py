@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 GEMMA4 = Path(__file__).parents[2] / "benchmark" / "gemma4"
 sys.path.insert(0, str(GEMMA4))
@@ -73,6 +74,18 @@ def test_options_reach_the_server(folder, tmp_path):
     assert pools.settings["swa_bytes_per_token"] == 204_800 // 4
     tokens = [r.median for r in pools.records if r.metric == "tokens"]
     assert all(n % 64 == 0 for n in tokens)
+
+
+def test_what_the_weights_leave_of_each_gpu(folder, monkeypatch):
+    """Two GPUs share 25.8 billion weights, but each has the table of 262,144 tokens."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**11, 10**11))
+    table = 262_144 * 2816
+    alone, shared = (
+        10**11 - plan_kv_pools.gpu_kv_bytes(folder, 1.0, tp_size) for tp_size in (1, 2)
+    )
+    assert alone == pytest.approx(2 * 25.8e9, rel=0.01)
+    assert shared == pytest.approx(2 * (table + (alone / 2 - table) / 2))
 
 
 def test_load_does_not_fit(folder, capsys):

@@ -72,31 +72,13 @@ def _data_url(picture: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-class Pictures(parity.Served):
-    """The cases; a subclass names the shape and the server's arguments."""
+class Asking(parity.Served):
+    """Prompts with pictures; a subclass names the server's arguments."""
 
-    shape: str
     dtype = "float32"
-    chunk: int
-    drafts = False
-
-    @classmethod
-    def path(cls):
-        folder = FOLDERS / cls.shape
-        write_checkpoint(folder, cls.shape, dtype="float32")
-        return str(folder)
 
     @classmethod
     def setUpClass(cls):
-        cls.server_args = [
-            *("--max-total-tokens", "8192"),
-            *("--chunked-prefill-size", str(cls.chunk)),
-        ]
-        if cls.drafts:
-            draft = FOLDERS / f"{cls.shape}-draft"
-            write_checkpoint(draft, cls.shape, assistant=True, dtype="float32")
-            cls.server_args += ["--speculative-algorithm", "NEXTN"]
-            cls.server_args += ["--speculative-draft-model-path", str(draft)]
         super().setUpClass()
         cls.processor = transformers.AutoProcessor.from_pretrained(cls.path())
 
@@ -175,6 +157,33 @@ class Pictures(parity.Served):
         for prompt, answers in zip(prompts, self.ask(*prompts, **sampling)):
             for answer in answers:
                 self.check(name, prompt, answer)
+
+
+class Pictures(Asking):
+    """The cases; a subclass names the shape and the size of a chunk."""
+
+    shape: str
+    chunk: int
+    drafts = False
+
+    @classmethod
+    def path(cls):
+        folder = FOLDERS / cls.shape
+        write_checkpoint(folder, cls.shape, dtype="float32")
+        return str(folder)
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server_args = [
+            *("--max-total-tokens", "8192"),
+            *("--chunked-prefill-size", str(cls.chunk)),
+        ]
+        if cls.drafts:
+            draft = FOLDERS / f"{cls.shape}-draft"
+            write_checkpoint(draft, cls.shape, assistant=True, dtype="float32")
+            cls.server_args += ["--speculative-algorithm", "NEXTN"]
+            cls.server_args += ["--speculative-draft-model-path", str(draft)]
+        super().setUpClass()
 
     def test_one_in_the_middle(self):
         for name in PICTURES:
