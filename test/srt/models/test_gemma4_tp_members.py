@@ -30,7 +30,7 @@ from sglang.srt.server_args import prepare_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=75, suite="stage-a-test-cpu")
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 8
