@@ -80,7 +80,7 @@ def write_release(project: Project, tagged: str = "") -> list[Path]:
     for path in folder(project).iterdir():
         if path not in found:
             path.unlink()
-    sdist = folder(project) / build_sdist(folder(project))
+    sdist = folder(project) / build_sdist(folder(project), {"series": project.series})
     archive = _pack_patches(project, write_upstream(project))
     notes = folder(project) / NOTES
     notes.write_text(release_notes(project), "utf-8")

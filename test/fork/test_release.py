@@ -85,6 +85,18 @@ def test_what_a_release_holds(repository, tmp_path):
     assert repository.contents(folder) == before
 
 
+def test_a_release_is_of_one_series(repository):
+    """Not of the one that pyproject.toml names, in any of its files."""
+    other = repository.root / "patches/v0.9"
+    shutil.copytree(repository.patches, other)
+    settings = other / "series.toml"
+    settings.write_text(settings.read_text().replace("1.0+test.2", "0.9+test.1"))
+    pyproject = repository.python / "pyproject.toml"
+    pyproject.write_text(pyproject.read_text().replace('"v1.0"', '"v0.9"'))
+    names = repository.fork("--series", "v1.0", "release", "--tag", "test.2")
+    assert f"sglang-{VERSION}.tar.gz\n" in names and "0.9" not in names
+
+
 def test_what_is_no_release(repository):
     refusal = repository.refusal("release", "--tag", "test.3")
     assert "tag test.3 is not that of version 1.0+test.2, which is test.2" in refusal
