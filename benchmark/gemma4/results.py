@@ -10,6 +10,7 @@
       "commit": "0123abc", "dirty": false,
       "hardware": {"gpu": "NVIDIA H200", "gpus": 1, "driver": "580.1", "cpu": "..."},
       "versions": {"python": "3.12.3", "torch": "2.11.0", ...},
+      "environment": "5f0c...",       of every distribution of the measuring Python
       "settings": {...},              what applies to every record
       "notes": ["..."],               what a reader must know beside a figure
       "records": [
@@ -24,6 +25,10 @@ A record is known by its (case, arm, metric); a run that is resumed finds what i
 with `Results.get` and adds the rest. Median and spread are computed from the samples,
 never stored beside them, so that they cannot disagree.
 
+`environment` is the sha256 of the lines that `results.py --environment` prints, one
+NAME==VERSION for each distribution; results from before it was recorded have none. It is
+of the Python that measures: an arm in an environment of its own has another.
+
 Tables in the documentation are generated too, between two comments:
 
     <!-- table routing-h200 metric=time dtype=bfloat16 -->
@@ -33,11 +38,13 @@ where `against=ARM` adds a column of ratios to that arm for each other one.
 
     python benchmark/gemma4/results.py docs/*.md            fill them in
     python benchmark/gemma4/results.py --check docs/*.md    fail when one differs
+    python benchmark/gemma4/results.py --environment        list this environment
 """
 
 import argparse
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -102,6 +109,7 @@ class Results:
     dirty: bool = False
     hardware: Dict[str, object] = field(default_factory=dict)
     versions: Dict[str, str] = field(default_factory=dict)
+    environment: str = ""
 
     @classmethod
     def start(cls, kind: str, name: str, title: str, **settings) -> "Results":
@@ -122,6 +130,7 @@ class Results:
             dirty=dirty,
             hardware=hardware(),
             versions=_versions(),
+            environment=hashlib.sha256(environment().encode()).hexdigest(),
         )
 
     def add(
@@ -174,8 +183,9 @@ class Results:
             name: getattr(self, name)
             for name in (
                 *("kind", "name", "title", "started", "command", "commit", "dirty"),
-                *("hardware", "versions", "settings", "notes"),
+                *("hardware", "versions", "environment", "settings", "notes"),
             )
+            if name != "environment" or self.environment
         }
         head = json.dumps({"schema": SCHEMA, **fields}, indent=2, ensure_ascii=False)
         # A record a line: a changed figure is a changed line.
@@ -361,11 +371,30 @@ def _versions() -> Dict[str, str]:
     return versions
 
 
+def environment() -> str:
+    """A line for each installed distribution, such as ``torch==2.11.0``, sorted."""
+    found = set()
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:  # what a broken removal leaves has none
+            name = re.sub(r"[-_.]+", "-", name).lower()
+            found.add(f"{name}=={distribution.version}\n")
+    return "".join(sorted(found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fill in the tables of documents.")
-    parser.add_argument("documents", nargs="+", type=Path)
+    parser.add_argument("documents", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument(
+        "--environment", action="store_true", help="list what is installed instead"
+    )
     args = parser.parse_args()
+    if args.environment:
+        print(environment(), end="")
+        return
+    if not args.documents:
+        parser.error("name the documents whose tables are to be filled in")
     stale = []
     for document in args.documents:
         try:

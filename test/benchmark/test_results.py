@@ -1,5 +1,6 @@
 """The results' schema, and that every table in README and docs is what its JSON says."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -60,6 +61,38 @@ def test_a_changed_figure_is_noticed(tmp_path, measured, capsys, monkeypatch):
 
 def test_saved_and_loaded_are_equal(tmp_path, measured):
     assert results.load(measured.save(tmp_path / "some.json")) == measured
+
+
+def distribution(folder: Path, name: str, version: str) -> None:
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+
+def test_a_result_knows_its_environment(tmp_path, monkeypatch, capsys):
+    """By every distribution, however spelled and in whatever order they lie."""
+    listed = []
+    for names in ({"B_b.C": "1", "a": "2"}, {"a": "2", "b-b-c": "1"}, {"a": "2.1"}):
+        folder = tmp_path / str(len(listed))
+        for name, version in names.items():
+            distribution(folder, name, version)
+        (folder / "gone-1.dist-info").mkdir()
+        monkeypatch.setattr(sys, "path", [str(folder)])
+        monkeypatch.setattr(sys, "argv", ["results.py", "--environment"])
+        results.main()
+        text = capsys.readouterr().out
+        found = results.Results.start("kernels", "some", "Some kernel")
+        assert found.environment == hashlib.sha256(text.encode()).hexdigest()
+        listed.append(text)
+    assert listed == ["a==2\nb-b-c==1\n"] * 2 + ["a==2.1\n"]
+
+
+def test_a_result_from_before_stays_as_it_is(tmp_path, measured):
+    measured.environment = ""
+    text = measured.save(tmp_path / "some.json").read_text()
+    assert "environment" not in text
+    path = results.load(tmp_path / "some.json").save(tmp_path / "again.json")
+    assert path.read_text() == text
 
 
 def test_median_and_spread(measured):
