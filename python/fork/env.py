@@ -37,6 +37,7 @@ class Environment:
         self.mark = folder / "fork.python"
         self.stamp = folder / "fork.stamp"
         self.pyproject = ROOT / "python" / "pyproject.toml"
+        self.lock = ROOT / "python" / "tools.txt"
 
     @property
     def name(self) -> str:
@@ -44,7 +45,7 @@ class Environment:
 
     def settings(self) -> str:
         """What of the repository's files an installation depends on."""
-        return without(self.pyproject.read_text("utf-8"), "[tool.fork]")
+        return self.lock.read_text("utf-8")
 
     def wanted(self) -> str:
         """What the installed environment depends on, as one hash."""
@@ -60,9 +61,10 @@ class Environment:
                 f"venv package (on Debian: python3-venv) and run again."
             )
 
-    def requirements(self) -> list:
-        """What pip is to install."""
-        return ["--quiet", "--group", f"{self.pyproject}:tools"]
+    def installs(self) -> list:
+        """What pip is to install, one call after the other."""
+        hashed = ["--require-hashes", "--only-binary", ":all:"]
+        return [["--quiet", *hashed, "--requirement", str(self.lock)]]
 
     def make(self) -> None:
         """Installs it, unless that was done to the end and nothing changed since."""
@@ -74,11 +76,8 @@ class Environment:
         self.make_venv()
         python = str(self.folder / "bin" / "python")
         pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
-        for command in (
-            # Dependency groups need pip 25.1.
-            [*pip, "--quiet", "--upgrade", "pip>=25.1"],
-            [*pip, *self.requirements()],
-        ):
+        for what in self.installs():
+            command = [*pip, *what]
             if subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}).returncode:
                 fail(
                     f"the installation into {self.name} did not finish (pip says why "
@@ -121,7 +120,8 @@ class Engine(Environment):
         """Of the series: its base, its version and its pins, but not its patches."""
         base = (self.patches / "base.txt").read_text("utf-8")
         series = (self.patches / "series.toml").read_text("utf-8")
-        return super().settings() + base + without(series, "[[patch]]")
+        tools = without(self.pyproject.read_text("utf-8"), "[tool.fork]")
+        return tools + base + without(series, "[[patch]]")
 
     def pythons(self) -> list:
         """The CPythons that the base has a wheel for, such as (3, 12)."""
@@ -152,10 +152,14 @@ class Engine(Environment):
             )
         print(f"Installing the fork into {self.name} (about 10 GB, once).", flush=True)
 
-    def requirements(self) -> list:
+    def installs(self) -> list:
         fork = ["--editable", str(ROOT / "python")]
         settings = ["--config-settings", f"series={self.series}"]
-        return [*fork, *settings, "--group", f"{self.pyproject}:dev"]
+        return [
+            # Dependency groups need pip 25.1.
+            ["--quiet", "--upgrade", "pip>=25.1"],
+            [*fork, *settings, "--group", f"{self.pyproject}:dev"],
+        ]
 
 
 def without(settings: str, table: str) -> str:

@@ -2,10 +2,13 @@
 be made."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,7 @@ def host(tmp_path, monkeypatch):
     root = tmp_path / "a clone"
     (root / "python").mkdir(parents=True)
     (root / "python" / "pyproject.toml").write_text(PYPROJECT)
+    (root / "python" / "tools.txt").write_text("")
     for series in ("v1.0", "v2.0"):
         folder = root / "patches" / series
         folder.mkdir(parents=True)
@@ -74,8 +78,9 @@ def test_each_series_has_one_of_its_own(host, engine):
     assert other.folder == host / ".venvs/v1.0"
     # The same text but for the wheels' version.
     assert engine.wanted() != other.wanted()
-    assert f"series={engine.series}" in engine.requirements()
-    assert f"{host}/python/pyproject.toml:dev" in engine.requirements()
+    *_, last = engine.installs()
+    assert f"series={engine.series}" in last
+    assert f"{host}/python/pyproject.toml:dev" in last
 
 
 @pytest.mark.parametrize(
@@ -140,8 +145,32 @@ def test_the_commands_need_no_space_and_no_wheel(host, monkeypatch):
         monkeypatch.setattr(subprocess, "run", run)
         monkeypatch.setattr(sys, "argv", ["env.py", "tools"])
         env.main()
-    assert len(installed) == 2 and installed[1][-1].endswith("pyproject.toml:tools")
-    assert installed[1][0] == str(host / ".cache/tools/bin/python")
+    (command,) = installed
+    assert command[0] == str(host / ".cache/tools/bin/python")
+    assert command[-1] == str(host / "python/tools.txt")
+    assert "--require-hashes" in command
+    (host / "python/tools.txt").write_text("another")
+    env.main()
+    assert len(installed) == 2
+
+
+def test_the_commands_environment_is_pinned_by_hashes():
+    """Each tool that pyproject.toml asks for, and what these require."""
+    lock = (ROOT / "python/tools.txt").read_text()
+    pinned = re.findall(
+        r"^([a-z-]+)==[\w.]+(?: ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$",
+        lock,
+        re.MULTILINE,
+    )
+    lines = [line for line in lock.splitlines() if line[:1] not in ("#", " ")]
+    assert len(lines) == len(pinned)
+    names = {name for name, _ in pinned}
+    settings = tomllib.loads((ROOT / "python/pyproject.toml").read_text())
+    asked = settings["dependency-groups"]["tools"]
+    assert {re.match("[a-z]+", one)[0] for one in asked} <= names
+    for name in names - {"tomli"}:
+        for required in metadata.requires(name) or ():
+            assert "extra ==" in required or re.match("[a-z]+", required)[0] in names
 
 
 def test_nothing_changed(host, engine, monkeypatch):
