@@ -103,10 +103,10 @@ publish: tools
 
 # On a runner's own Python, before anything is installed.
 gate:
-	@cd python && "$(PYTHON)" -m fork.gate
+	@cd python && "$(PYTHON)" -m fork.ci.gate
 
 gate-starts:
-	@cd python && "$(PYTHON)" -m fork.gate starts
+	@cd python && "$(PYTHON)" -m fork.ci.gate starts
 
 clean: ## Remove what can be made again; keeps python/sglang and .venvs
 	@rm -rf dist .cache

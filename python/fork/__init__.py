@@ -15,6 +15,6 @@ build       the PEP 517 backend behind ``pip install ./python``
 port        what a newer release of upstream does to the series
 rehearse    the series on upstream's own repository
 release     what a release holds, and the proof that its wheel serves
-gate        which pull requests are tested, and what they say of it
+ci          what runs on GitHub with a token that can write
 =========== ================================================================
 """

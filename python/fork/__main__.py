@@ -124,7 +124,7 @@ def port(args) -> None:
 
 def watch(args) -> None:
     """keep the issue on the newest release of SGLang up to date"""
-    from fork.github import GitHub
+    from fork.ci.github import GitHub
     from fork.port import watch
 
     print(watch(args.project, GitHub.of_workflow()))
@@ -154,7 +154,7 @@ def release(args) -> None:
 
 def publish(args) -> None:
     """make the release of dist/release/ on GitHub"""
-    from fork.github import GitHub
+    from fork.ci.github import GitHub
     from fork.release import publish
 
     print(publish(args.project, GitHub.of_workflow()))

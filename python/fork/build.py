@@ -111,8 +111,8 @@ def build_sdist(directory, config_settings=None) -> str:
         settings = (project.python / "pyproject.toml").read_text("utf-8")
         settings = SERIES.sub(f'series = "{project.series}"', settings)
         write(settings.encode(), "pyproject.toml")
-        for file in sorted((project.python / "fork").glob("*.py")):
-            add(file, f"fork/{file.name}")
+        for file in sorted((project.python / "fork").rglob("*.py")):
+            add(file, str(file.relative_to(project.python)))
         for file in [project.base, project.settings, *project.patches()]:
             add(file, project.show(file))
         info = email.message_from_string("", policy=METADATA)

@@ -14,8 +14,8 @@ from packaging.utils import parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
 from fork import base, series
+from fork.ci.github import GitHub
 from fork.errors import ForkError, PatchError
-from fork.github import GitHub
 from fork.process import AUTHOR, EPOCH, Git, last_line, run, run_module, say
 from fork.project import Project
 from fork.series import BASE, PREFIX

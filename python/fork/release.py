@@ -19,9 +19,9 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from fork import base
 from fork.build import _anonymous, build_sdist
+from fork.ci.github import GitHub
 from fork.complete import home
 from fork.errors import ForkError
-from fork.github import GitHub
 from fork.process import last_line, run, say
 from fork.project import Project
 from fork.upstream import write_upstream

@@ -13,8 +13,8 @@ from github_fake import REPOSITORY, FakeGitHub
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fork import gate
-from fork.github import GitHub, RequestError
+from fork.ci import gate
+from fork.ci.github import GitHub, RequestError
 
 BASE, EXTRA = "Latest PR Test (Base)", "Latest PR Test (Extra)"
 NOT_LABELLED = {

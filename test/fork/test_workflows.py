@@ -13,7 +13,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fork import gate
+from fork.ci import gate
 from fork.env import Engine
 
 FOLDER = ROOT / ".github" / "workflows"
@@ -32,8 +32,8 @@ JOBS = [
 SERIES = "v0.5.23"  # the Makefile's
 FORK = f'-m fork --series "{SERIES}"'
 TESTED = {
-    "gate": ("-m fork.gate", "test_gate.test_the_workflows_calls"),
-    "gate-starts": ("-m fork.gate starts", "test_gate.test_the_workflows_calls"),
+    "gate": ("-m fork.ci.gate", "test_gate.test_the_workflows_calls"),
+    "gate-starts": ("-m fork.ci.gate starts", "test_gate.test_the_workflows_calls"),
     "test": (
         f"{FORK} test",
         "test_bases.test_the_tests_of_a_complete_series_are_its_own",

@@ -16,8 +16,8 @@ import os
 import sys
 from dataclasses import dataclass
 
+from fork.ci.github import GitHub, RequestError
 from fork.errors import ForkError
-from fork.github import GitHub, RequestError
 
 LABEL = "run-ci"
 TESTS = "pr-test.yml"  # the workflow with a job, or a matrix of them, for each stage
@@ -184,7 +184,7 @@ def _unless_gone(github: GitHub, method: str, path: str) -> None:
 
 
 def main() -> str | int:
-    """``python -m fork.gate`` is the gate; with ``starts`` it is the tests' question,
+    """``python -m fork.ci.gate`` is the gate; with ``starts`` it is the tests' question,
     answered as the step's output ``run``."""
     try:
         with open(os.environ["GITHUB_EVENT_PATH"], encoding="utf-8") as file:
