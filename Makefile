@@ -8,7 +8,8 @@ MAKEFLAGS += --no-print-directory
 # Else each of the servers that tests start compiles the engine anew.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help env tools fork edit serve demo test prove lint patches verify upstream
-.PHONY: rehearse bench nightly port watch wheel smoke release publish gate gate-starts clean
+.PHONY: rehearse bench nightly port wheel smoke release clean
+.PHONY: gate gate-starts watch publish publish-check
 
 # The series of patches/ that is meant: the living one unless SERIES= names another.
 SERIES ?= v0.5.23
@@ -86,22 +87,27 @@ nightly: env fork ## Run the property tests with ten times the examples
 port: tools ## Say which patches apply to the newest SGLang (TO= names a release)
 	@$(COMMANDS) port --to "$(TO)"
 
-watch: tools
-	@$(COMMANDS) watch
-
-wheel: tools ## Build the wheel of this Python, as a release does: dist/release/
-	@$(TOOLS) -m pip --disable-pip-version-check wheel --no-deps -C series="$(SERIES)" --wheel-dir dist/release ./python
+# With the tools that python/tools.txt pins by their hashes, and nothing else.
+wheel: tools ## Build the wheel of this Python, as a release does: dist/wheels/
+	@$(TOOLS) -m pip --disable-pip-version-check wheel --no-deps --no-index --no-build-isolation --config-settings series="$(SERIES)" --wheel-dir dist/wheels ./python
 
 smoke: tools ## Install that wheel where nothing else is, and have it answer
 	@$(COMMANDS) smoke --port "$(PORT)"
 
-release: tools ## Add the sdist, the patches, notes and checksums to the wheels
+release: tools ## Write dist/release/: the wheels, sdist, patches, notes and checksums
 	@$(COMMANDS) release --tag "$(TAG)"
 
-publish: tools
-	@$(COMMANDS) publish
+# What holds a token that can write, or decides what does: on a runner's own Python, where
+# nothing is installed.
+publish:
+	@cd python && "$(PYTHON)" -m fork.ci.publish
 
-# On a runner's own Python, before anything is installed.
+publish-check:
+	@cd python && "$(PYTHON)" -m fork.ci.publish check
+
+watch:
+	@cd python && "$(PYTHON)" -m fork.ci.watch
+
 gate:
 	@cd python && "$(PYTHON)" -m fork.ci.gate
 

@@ -116,18 +116,12 @@ def demo(args) -> None:
 
 def port(args) -> None:
     """say which patches apply to a newer release of SGLang"""
-    from fork.port import newest, port, report
+    from fork.ci.watch import FILE, markdown
+    from fork.port import report
 
-    version, wheel = newest(args.project, args.to)
-    print(report(args.project, version, port(args.project, wheel)), end="")
-
-
-def watch(args) -> None:
-    """keep the issue on the newest release of SGLang up to date"""
-    from fork.ci.github import GitHub
-    from fork.port import watch
-
-    print(watch(args.project, GitHub.of_workflow()))
+    told = report(args.project, args.to)
+    told.write(args.project.root / FILE)
+    print(markdown(told), end="")
 
 
 def rehearse(args) -> None:
@@ -138,30 +132,22 @@ def rehearse(args) -> None:
 
 
 def smoke(args) -> None:
-    """install the wheel of dist/release/ alone, and have it answer"""
+    """install the wheel of dist/wheels/ alone, and have it answer"""
     from fork.release import smoke
 
     smoke(args.project, args.port, args.dependencies)
 
 
 def release(args) -> None:
-    """add sdist, patches, notes and checksums to the wheels of dist/release/"""
+    """write dist/release/: the wheels, sdist, patches, notes and checksums"""
     from fork.release import write_release
 
     for path in write_release(args.project, args.tag):
         print(args.project.show(path))
 
 
-def publish(args) -> None:
-    """make the release of dist/release/ on GitHub"""
-    from fork.ci.github import GitHub
-    from fork.release import publish
-
-    print(publish(args.project, GitHub.of_workflow()))
-
-
 COMMANDS = (base, checkout, edit, export, verify, prove, upstream, test, lint)
-COMMANDS += (serve, demo, port, watch, rehearse, smoke, release, publish)
+COMMANDS += (serve, demo, port, rehearse, smoke, release)
 
 
 def parse() -> argparse.Namespace:

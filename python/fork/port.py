@@ -7,14 +7,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.utils import parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
 from fork import base, series
-from fork.ci.github import GitHub
+from fork.ci.watch import Hunk, Report, Verdict
 from fork.errors import ForkError, PatchError
 from fork.process import AUTHOR, EPOCH, Git, last_line, run, run_module, say
 from fork.project import Project
@@ -23,39 +23,20 @@ from fork.upstream import repository
 
 OLDER = "refs/fork/older"
 NEWER = "refs/fork/newer"
-LABEL = "base-watch"
-VERDICTS = {  # what is said of one, and of several
-    "applies": ("applies", "apply"),
-    "merges": ("applies by a three-way merge", "apply by a three-way merge"),
-    "upstream": ("is upstream already", "are upstream already"),
-    "conflicts": ("conflicts", "conflict"),
-}
 
 
 @dataclass
-class Hunk:
+class Piece:
     """One hunk of a patch, or all of a file that is added, removed or binary.
 
     Attributes:
-        place: The path, the line in the older release and what encloses it.
-        state: ``fits``, ``upstream``, or why it does neither.
-        text: A patch of the hunk alone.
+        text: A patch of it alone.
+        found: What is said of it.
     """
 
     file: str
-    place: str
     text: str
-    state: str = ""
-
-
-@dataclass
-class Verdict:
-    """What became of a patch: a key of VERDICTS, and its hunks if it conflicts."""
-
-    name: str
-    subject: str
-    verdict: str
-    hunks: list[Hunk] = field(default_factory=list)
+    found: Hunk
 
 
 def newest(project: Project, release: str = "") -> tuple[Version, Path]:
@@ -98,7 +79,7 @@ def port(project: Project, wheel: Path) -> list[Verdict]:
     Of a patch that conflicts the hunks that fit are kept, for those that follow.
     """
     with _both(project, wheel) as git:
-        return [_try(git, patch) for patch in project.patches()]
+        return [_try(project, git, patch) for patch in project.patches()]
 
 
 @contextlib.contextmanager
@@ -119,9 +100,11 @@ def _both(project: Project, wheel: Path) -> Iterator[Git]:
         yield git
 
 
-def _try(git: Git, patch: Path) -> Verdict:
+def _try(project: Project, git: Git, patch: Path) -> Verdict:
     text = patch.read_text("utf-8", "surrogateescape")
-    told = Verdict(patch.name, series.subject(patch), "applies")
+    number, _, name = patch.stem.partition("-")
+    named = name in [entry.name for entry in project.entries]
+    told = Verdict(name if named else number, series.subject(patch), "applies")
     start = git.commit("HEAD")
     for options, verdict in ([], "applies"), (["--3way"], "merges"):
         try:
@@ -135,9 +118,9 @@ def _try(git: Git, patch: Path) -> Verdict:
             moved = git.commit("HEAD") != start
             told.verdict = verdict if moved else "upstream"
             return told
-    told.hunks = hunks(text)
-    for hunk in told.hunks:
-        _try_hunk(git, hunk)
+    for piece in pieces(text):
+        _try_piece(git, piece)
+        told.hunks.append(piece.found)
     if all(hunk.state == "upstream" for hunk in told.hunks):
         told.verdict = "upstream"
         return told
@@ -148,34 +131,33 @@ def _try(git: Git, patch: Path) -> Verdict:
     return told
 
 
-def _try_hunk(git: Git, hunk: Hunk) -> None:
+def _try_piece(git: Git, piece: Piece) -> None:
     """Applies a hunk if it fits; says what it is else."""
-    text = {"input": hunk.text}
+    text, found = {"input": piece.text}, piece.found
     if not git.run("apply", "--reverse", "--check", "-", **text).returncode:
-        hunk.state = "upstream"
+        found.state = "upstream"
     elif not git.run("apply", "-", **text).returncode:
-        hunk.state = "fits"
-    elif not (git.folder / hunk.file).exists():
-        name = hunk.file.rsplit("/", 1)[-1]
+        found.state = "fits"
+    elif not (git.folder / piece.file).exists():
+        name = piece.file.rsplit("/", 1)[-1]
         files = git.names("ls-tree", "-r", "-z", "--name-only", NEWER)
-        named = [path for path in files if path.endswith(f"/{name}")]
-        moved = f", {' and '.join(named)} has its name" * bool(named)
-        hunk.state = f"the file is gone{moved}"
-    elif "@@" not in hunk.text or "\n@@ -0,0 " in hunk.text:
-        hunk.state = "the file is there already, or is another"
+        found.quoted = [path for path in files if path.endswith(f"/{name}")][:3]
+        found.state = "moved" if found.quoted else "gone"
+    elif "@@" not in piece.text or "\n@@ -0,0 " in piece.text:
+        found.state = "there"
     else:
-        old = _lines(git("show", f"{OLDER}:{hunk.file}"))
-        new = _lines((git.folder / hunk.file).read_text("utf-8", "surrogateescape"))
-        body = hunk.text[hunk.text.index("\n@@ ") + 1 :].splitlines()[1:]
+        old = _lines(git("show", f"{OLDER}:{piece.file}"))
+        new = _lines((git.folder / piece.file).read_text("utf-8", "surrogateescape"))
+        body = piece.text[piece.text.index("\n@@ ") + 1 :].splitlines()[1:]
         added = _lines("\n".join(ln[1:] for ln in body if ln[:1] == "+"))
         before = [ln for sign in "- " for ln in body if ln[:1] == sign]
         gone = [ln[1:].strip() for ln in before if ln[1:].strip() not in {*new, ""}]
         if added and _has(new, added) and not _has(old, added):
-            hunk.state = "upstream"
+            found.state = "upstream"
         elif gone:
-            hunk.state = f"upstream has no `{gone[0]}` any more"
+            found.state, found.quoted = "changed", gone[:1]
         else:
-            hunk.state = "its lines are there, but not together"
+            found.state = "apart"
 
 
 def _lines(text: str) -> list[str]:
@@ -189,7 +171,7 @@ def _has(lines: list[str], block: list[str]) -> bool:
     return any(lines[i : i + size] == block for i in range(len(lines) - size + 1))
 
 
-def hunks(patch: str) -> list[Hunk]:
+def pieces(patch: str) -> list[Piece]:
     """Takes a patch apart."""
     found = []
     for part in re.split(r"^(?=diff --git )", patch, flags=re.MULTILINE)[1:]:
@@ -198,90 +180,23 @@ def hunks(patch: str) -> list[Hunk]:
         new = re.search(r"^(new|deleted) file mode", head, re.MULTILINE)
         if new or not bodies:
             what = {"new": "added", "deleted": "removed"}[new[1]] if new else "binary"
-            found.append(Hunk(file, f"{file} ({what})", part))
+            found.append(Piece(file, part, Hunk(f"{file} ({what})")))
             continue
         for body in bodies:
             line, inside = re.match(r"@@ -(\d+)\S* \S+ @@ ?(.*)", body).groups()
-            place = f"{file}:{line}" + (f" in `{inside.strip()}`" if inside else "")
+            said = Hunk(f"{file}:{line}", inside.strip())
             # What follows the last hunk of a mail is no part of it.
             body = re.sub(r"\n-- \n.*", "\n", body, flags=re.DOTALL)
-            found.append(Hunk(file, place, head + body))
+            found.append(Piece(file, head + body, said))
     return found
 
 
-def report(project: Project, version: Version, verdicts: list[Verdict]) -> str:
-    """The report, in Markdown."""
-    counts = [
-        f"{count} {VERDICTS[key][count > 1]}"
-        for key in VERDICTS
-        if (count := sum(told.verdict == key for told in verdicts))
-    ]
-    lines = [
-        f"# The series of {base.requirement(project)} on {version}",
-        "",
-        f"{len(verdicts)} patches: {', '.join(counts) or 'none'}.",
-        "",
-        "| patch | |",
-        "| --- | --- |",
-    ]
-    titles = {}
-    for told in verdicts:
-        number, _, name = Path(told.name).stem.partition("-")
-        known = name in [entry.name for entry in project.entries]
-        titles[told.name] = f"{f'`{name}`:' if known else number} {told.subject}"
-        lines.append(f"| {titles[told.name]} | {VERDICTS[told.verdict][0]} |")
-    for told in verdicts:
-        if told.verdict != "conflicts":
-            continue
-        states = [hunk.state for hunk in told.hunks]
-        kept = f"Of {len(states)} hunks {states.count('fits')} fit"
-        if "upstream" in states:
-            kept += f" and {states.count('upstream')} are upstream already"
-        lines += [
-            "",
-            f"## {titles[told.name]}",
-            "",
-            f"{kept}.",
-            "",
-        ]
-        for hunk in told.hunks:
-            if hunk.state not in ("fits", "upstream"):
-                lines.append(f"- {hunk.place}: {hunk.state}")
-    return "\n".join(lines) + "\n"
+def report(project: Project, release: str = "") -> Report:
+    """Says what a release of upstream does to the series, the newest if none is named.
 
-
-def watch(project: Project, github: GitHub) -> str:
-    """Keeps one issue that says what the newest release does to the series.
-
-    It is opened by the first newer release, rewritten as its report changes, opened
-    again by a release after the one that it was closed at, and closed when the series
-    is at the newest. Returns what was done.
+    Raises:
+        ForkError: There is no such release, or no network.
     """
-    mine = [
-        issue
-        for issue in github.pages("issues", state="all", labels=LABEL)
-        if "pull_request" not in issue
-    ]
-    issue = mine[0] if mine else None
-    version, wheel = newest(project)
-    if version <= Version(base.requirement(project).split("==")[1]):
-        if issue and issue["state"] == "open":
-            github("PATCH", f"issues/{issue['number']}", {"state": "closed"})
-            return f"Closed #{issue['number']}: the series is at the newest release."
-        return f"The series is at the newest release, {version}."
-    told = {
-        "title": f"SGLang {version} is out, and the series is at "
-        f"{base.requirement(project).split('==')[1]}",
-        "body": report(project, version, port(project, wheel))
-        + "\n`make port` says this on any machine; docs/releasing.md says how the "
-        "series is carried forward.\n",
-    }
-    if not issue:
-        issue = github("POST", "issues", {**told, "labels": [LABEL]})
-        return f"Opened #{issue['number']} for {version}."
-    if issue["title"] == told["title"] and issue["state"] == "closed":
-        return f"#{issue['number']} was closed for {version}: left as it is."
-    if all(issue[key] == told[key] for key in told):
-        return f"#{issue['number']} says so already."
-    github("PATCH", f"issues/{issue['number']}", {**told, "state": "open"})
-    return f"Updated #{issue['number']} for {version}."
+    version, wheel = newest(project, release)
+    ours = Version(base.requirement(project).split("==")[1])
+    return Report(str(ours), str(version), version > ours, port(project, wheel))

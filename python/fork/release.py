@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import email
-import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
 from email.policy import default as MAIL
 from pathlib import Path
@@ -19,19 +19,14 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from fork import base
 from fork.build import _anonymous, build_sdist
-from fork.ci.github import GitHub
+from fork.ci.publish import FOLDER, NOTES, SUMS, sha256
 from fork.complete import home
 from fork.errors import ForkError
 from fork.process import last_line, run, say
 from fork.project import Project
 from fork.upstream import write_upstream
 
-SUMS = "SHA256SUMS"
-NOTES = "NOTES.md"
-
-
-def folder(project: Project) -> Path:
-    return project.root / "dist" / "release"
+WHEELS = "dist/wheels"
 
 
 def tag(project: Project) -> str:
@@ -40,9 +35,9 @@ def tag(project: Project) -> str:
 
 
 def wheels(project: Project) -> list[Path]:
-    """The wheels of the present version in dist/release/."""
+    """The wheels of the present version in dist/wheels/."""
     made = []
-    for path in sorted(folder(project).glob("*.whl")):
+    for path in sorted((project.root / WHEELS).glob("*.whl")):
         try:
             name, version, *_ = parse_wheel_filename(path.name)
         except InvalidWheelFilename:
@@ -53,11 +48,11 @@ def wheels(project: Project) -> list[Path]:
 
 
 def write_release(project: Project, tagged: str = "") -> list[Path]:
-    """Adds to the wheels in dist/release/ what else a release holds.
+    """Writes dist/release/ anew, whole or not at all, and returns its files.
 
-    That is the sdist, the patches for upstream as one archive, notes and checksums;
-    what belongs to none of this version is removed. The same commit gives the same
-    bytes.
+    It holds the wheels of dist/wheels/, the sdist, the patches for upstream as one
+    archive, notes and checksums. The same commit gives the same bytes. To a workflow it
+    says the sha256 of the checksums, as the step's output ``digest``.
 
     Args:
         tagged: The tag that is being released, if there is one.
@@ -74,30 +69,37 @@ def write_release(project: Project, tagged: str = "") -> list[Path]:
     found = wheels(project)
     if not found:
         raise ForkError(
-            f"{project.show(folder(project))} has no wheel of version "
-            f"{project.version}: run `make wheel` first, once for each Python."
+            f"{WHEELS} has no wheel of version {project.version}: run `make wheel` "
+            "first, once for each Python."
         )
-    for path in folder(project).iterdir():
-        if path not in found:
-            path.unlink()
-    sdist = folder(project) / build_sdist(folder(project), {"series": project.series})
-    archive = _pack_patches(project, write_upstream(project))
-    notes = folder(project) / NOTES
-    notes.write_text(release_notes(project), "utf-8")
-    made = [*found, sdist, archive]
-    sums = folder(project) / SUMS
-    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}" for p in made]
-    sums.write_text("\n".join(sorted(lines, key=lambda line: line[66:])) + "\n")
-    return [*made, notes, sums]
+    patches = write_upstream(project)
+    folder = project.root / FOLDER
+    with tempfile.TemporaryDirectory(prefix=".release-", dir=folder.parent) as made:
+        fresh = Path(made) / "release"
+        fresh.mkdir()
+        for wheel in found:
+            shutil.copyfile(wheel, fresh / wheel.name)
+        build_sdist(fresh, {"series": project.series})
+        _pack_patches(project, patches, fresh)
+        (fresh / NOTES).write_text(release_notes(project), "utf-8")
+        files = sorted(fresh.iterdir())
+        sums = "".join(f"{sha256(path)}  {path.name}\n" for path in files)
+        (fresh / SUMS).write_text(sums, "utf-8")
+        digest = sha256(fresh / SUMS)
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+    if "GITHUB_OUTPUT" in os.environ:
+        with open(os.environ["GITHUB_OUTPUT"], "a", encoding="utf-8") as output:
+            output.write(f"digest={digest}\n")
+    return sorted(folder.iterdir())
 
 
-def _pack_patches(project: Project, patches: list[Path]) -> Path:
+def _pack_patches(project: Project, patches: list[Path], folder: Path) -> None:
     name = f"sglang-{project.series}-{tag(project)}-patches"
     # Uncompressed: gzip writes other bytes with another zlib.
-    with tarfile.open(folder(project) / f"{name}.tar", "w") as archive:
+    with tarfile.open(folder / f"{name}.tar", "w") as archive:
         for patch in patches:
             archive.add(patch, f"{name}/{patch.name}", filter=_anonymous)
-    return Path(archive.name)
 
 
 def messages(project: Project) -> list[tuple[str, str]]:
@@ -130,56 +132,8 @@ def release_notes(project: Project) -> str:
     return "\n".join(parts)
 
 
-def publish(project: Project, github: GitHub) -> str:
-    """Makes the release of the version's tag with what dist/release/ holds.
-
-    It is a draft until every file is there. Returns its address.
-
-    Raises:
-        ForkError: There is no such tag or there is the release already, or the
-            files are not those of the checksums.
-    """
-    sums = folder(project) / SUMS
-    if not sums.is_file():
-        raise ForkError(f"There is no {project.show(sums)}: run `make release` first.")
-    files = []
-    for line in sums.read_text("utf-8").splitlines():
-        digest, name = line.split("  ", 1)
-        path = folder(project) / name
-        if not path.is_file():
-            raise ForkError(f"{project.show(path)} is missing: run `make release`.")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise ForkError(
-                f"{project.show(path)} is not the file of {SUMS}: run `make release`."
-            )
-        files.append(path)
-    name = tag(project)
-    if any(old["tag_name"] == name for old in github.pages("releases")):
-        raise ForkError(
-            f"There is a release {name} already, perhaps a draft that an interrupted "
-            "run left: delete it, or raise N of +gemma4.N in "
-            f"{project.show(project.settings)}."
-        )
-    github("GET", f"git/ref/tags/{name}")
-    release = github(
-        "POST",
-        "releases",
-        {
-            "tag_name": name,
-            "name": f"{project.version}",
-            "body": (folder(project) / NOTES).read_text("utf-8"),
-            "draft": True,
-        },
-    )
-    for path in [*files, sums]:
-        say(f"Uploading {path.name} ...")
-        github.upload(release["upload_url"], path)
-    done = github("PATCH", f"releases/{release['id']}", {"draft": False})
-    return done["html_url"]
-
-
 def smoke(project: Project, port: int, dependencies: Path | None = None) -> None:
-    """Installs this Python's wheel of dist/release/ where nothing else is, and has it
+    """Installs this Python's wheel of dist/wheels/ where nothing else is, and has it
     answer one question with the tiny model.
 
     Args:
@@ -194,8 +148,8 @@ def smoke(project: Project, port: int, dependencies: Path | None = None) -> None
     fitting = [w for w in wheels(project) if tags & parse_wheel_filename(w.name)[3]]
     if not fitting:
         raise ForkError(
-            f"{project.show(folder(project))} has no wheel of {project.version} for "
-            f"{sys.executable}: run `make wheel` with it first."
+            f"{WHEELS} has no wheel of {project.version} for {sys.executable}: run "
+            "`make wheel` with it first."
         )
     environment = project.cache / "smoke"
     shutil.rmtree(environment, ignore_errors=True)

@@ -28,6 +28,7 @@ class FakeGitHub:
         self.commits, self.state, self.labels = 1, "open", []
         self.issue_events, self.statuses, self.runs, self.events = [], {}, [], []
         self.issues, self.releases, self.tags, self.assets = [], [], set(), {}
+        self.released = 0  # releases so far, the deleted too
         self.requests = []
 
     # What people do
@@ -235,17 +236,25 @@ class FakeGitHub:
         return (200, {}) if name in self.tags else (404, {"message": "Not Found"})
 
     def _add_release(self, query, body):
-        number = len(self.releases) + 1
+        self.released += 1
+        number = self.released
         urls = {
             "upload_url": f"{self.url}/repos/{REPOSITORY}/upload/{number}{{?name}}",
             "html_url": f"https://github.example/releases/{number}",
         }
-        self.releases.append({"id": number, **urls, **body})
+        author = {"login": "github-actions[bot]"}
+        self.releases.append({"id": number, "author": author, **urls, **body})
         return 201, self.releases[-1]
 
     def _edit_release(self, number, query, body):
-        self.releases[int(number) - 1].update(body)
-        return 200, self.releases[int(number) - 1]
+        (release,) = (one for one in self.releases if one["id"] == int(number))
+        release.update(body)
+        return 200, release
+
+    def _delete_release(self, number, query, body):
+        self.releases = [one for one in self.releases if one["id"] != int(number)]
+        self.assets.clear()
+        return 200, None
 
     def _upload(self, number, query, body):
         self.assets[query["name"]] = body
@@ -271,6 +280,7 @@ class FakeGitHub:
         ),
         (r"POST releases", _add_release),
         (r"PATCH releases/(\d+)", _edit_release),
+        (r"DELETE releases/(\d+)", _delete_release),
         (r"POST upload/(\d+)", _upload),
     ]
 

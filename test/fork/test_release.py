@@ -1,5 +1,6 @@
 """A release: its files, its publication, and that its wheel serves, installed alone."""
 
+import hashlib
 import shutil
 import socket
 import subprocess
@@ -27,9 +28,9 @@ Two were too few: `pytest test/srt/a.py`.
 def build_wheel(repository) -> Path:
     """As `make wheel` does, but for an environment without a network."""
     command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    command += ["--wheel-dir", "dist/release", "./python"]
+    command += ["--wheel-dir", "dist/wheels", "./python"]
     run(sys.executable, "-m", *command, cwd=repository.root, env=repository.env)
-    (wheel,) = (repository.root / "dist/release").glob("*.whl")
+    (wheel,) = (repository.root / "dist/wheels").glob("*.whl")
     return wheel
 
 
@@ -52,20 +53,26 @@ def repository(with_wheel, tmp_path):
 
 
 def test_what_a_release_holds(repository, tmp_path):
-    folder = repository.root / "dist/release"
-    (folder / "sglang-1.0+test.1-py3-none-any.whl").write_text("of an older version")
-    (folder / "junk").write_text("junk")
-    names = repository.fork("release", "--tag", "test.2").splitlines()
+    folder, wheels = (repository.root / "dist" / n for n in ("release", "wheels"))
+    (wheels / "sglang-1.0+test.1-py3-none-any.whl").write_text("of an older version")
+    (wheels / "junk").write_text("junk")
+    (folder / "junk").mkdir(parents=True)
+    (folder / "sglang-1.0+test.2.tar.gz").write_text("of a run that was cut off")
+    output = tmp_path / "output"
+    names = repository.fork(
+        "release", "--tag", "test.2", GITHUB_OUTPUT=str(output)
+    ).splitlines()
     assert [name.removeprefix("dist/release/") for name in names] == [
+        "NOTES.md",
+        "SHA256SUMS",
         f"sglang-{VERSION}-py3-none-any.whl",
         f"sglang-{VERSION}.tar.gz",
         "sglang-v1.0-test.2-patches.tar",
-        "NOTES.md",
-        "SHA256SUMS",
     ]
     assert {f"dist/release/{path.name}" for path in folder.iterdir()} == set(names)
     check = run("sha256sum", "--check", "SHA256SUMS", cwd=folder, env=repository.env)
-    assert check.stdout.count(": OK\n") == 3
+    assert check.stdout.count(": OK\n") == 4
+    assert output.read_text() == f"digest={digest(repository)}\n"
 
     with tarfile.open(folder / "sglang-v1.0-test.2-patches.tar") as archive:
         archive.extractall(tmp_path)
@@ -85,6 +92,12 @@ def test_what_a_release_holds(repository, tmp_path):
     assert repository.contents(folder) == before
 
 
+def digest(repository) -> str:
+    """What the job that wrote a release says of it."""
+    sums = repository.root / "dist/release/SHA256SUMS"
+    return hashlib.sha256(sums.read_bytes()).hexdigest()
+
+
 def test_a_release_is_of_one_series(repository):
     """Not of the one that pyproject.toml names, in any of its files."""
     other = repository.root / "patches/v0.9"
@@ -97,51 +110,99 @@ def test_a_release_is_of_one_series(repository):
     assert f"sglang-{VERSION}.tar.gz\n" in names and "0.9" not in names
 
 
+def test_a_release_that_fails_leaves_no_half(repository):
+    """Nor what was there, cut down; and it can be made again."""
+    repository.fork("release")
+    dist = repository.root / "dist"
+    before = repository.contents(dist)
+    code = (
+        "import fork.release as r\nfrom fork.project import Project\n"
+        "def fail(_): raise SystemExit(7)\nr.release_notes = fail\n"
+        "r.write_release(Project.load())"
+    )
+    env = repository.env
+    done = run(sys.executable, "-c", code, cwd=repository.python, env=env, check=False)
+    assert done.returncode == 7 and repository.contents(dist) == before
+    repository.fork("release")
+    assert repository.contents(dist) == before
+
+
 def test_what_is_no_release(repository):
     refusal = repository.refusal("release", "--tag", "test.3")
     assert "tag test.3 is not that of version 1.0+test.2, which is test.2" in refusal
     shutil.rmtree(repository.root / "dist")
-    (repository.root / "dist/release").mkdir(parents=True)
     for command in (["release"], ["smoke"]):
         assert "run `make wheel`" in repository.refusal(*command)
-    github = {f"GITHUB_{name}": "x" for name in ("REPOSITORY", "TOKEN", "API_URL")}
-    assert "run `make release` first" in repository.refusal("publish", **github)
-    github.pop("GITHUB_TOKEN")
-    kept = {"GITHUB_TOKEN": ""}
-    refusal = repository.refusal("publish", **github, **kept)
-    assert "GITHUB_TOKEN must be set, as in a workflow" in refusal
+
+
+def publish(repository, *args, **env) -> str:
+    """As a workflow does it; returns what it said, or its error alone."""
+    command = [sys.executable, "-m", "fork.ci.publish", *args]
+    env = {**repository.env, "TAG": "test.2", **env}
+    done = run(*command, cwd=repository.python, env=env, check=False)
+    if not done.returncode:
+        return done.stdout
+    *_, said = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr and said.startswith("error: ")
+    return said
 
 
 def test_publishing(repository):
     repository.fork("release", "--tag", "test.2")
     folder = repository.root / "dist/release"
     fake = FakeGitHub()
-    with fake.served() as env:
-        refusal = repository.refusal("publish", **env)
-        assert "git/ref/tags/test.2 was refused: 404" in refusal
+    with fake.served() as github:
+        env = {"DIGEST": digest(repository), **github}
+        assert "git/ref/tags/test.2 was refused: 404" in publish(repository, **env)
         fake.tags.add("test.2")
-        said = repository.fork("publish", **env)
-        assert "https://github.example/releases/1\n" in said
+        assert "https://github.example/releases/1\n" in publish(repository, **env)
         (release,) = fake.releases
         assert release["tag_name"] == "test.2" and release["draft"] is False
         assert release["name"] == VERSION
         assert release["body"] == (folder / "NOTES.md").read_text()
-        files = {p.name: p.read_bytes() for p in folder.iterdir()}
-        files.pop("NOTES.md")
-        assert fake.assets == files
-
-        assert "There is a release test.2 already" in repository.refusal(
-            "publish", **env
-        )
-        (sdist,) = folder.glob("*.tar.gz")
-        sdist.write_bytes(b"another")
-        assert "is not the file of SHA256SUMS" in repository.refusal("publish", **env)
-        sdist.unlink()
-        assert f"{sdist.name} is missing" in repository.refusal("publish", **env)
+        assert fake.assets == {p.name: p.read_bytes() for p in folder.iterdir()}
+        assert "There is a release test.2 already" in publish(repository, **env)
     assert len(fake.releases) == 1
 
 
+def test_what_is_not_published(repository):
+    """What is not what the job that wrote it says: no token is asked for to see it."""
+    assert "run `make release` first" in publish(repository, "check")
+    repository.fork("release", "--tag", "test.2")
+    folder = repository.root / "dist/release"
+    sums, written = folder / "SHA256SUMS", digest(repository)
+
+    def check(**env):
+        return publish(repository, "check", **{"DIGEST": written, **env})
+
+    assert check() == ""
+    said = publish(repository, DIGEST=written, GITHUB_TOKEN="")
+    assert "GITHUB_TOKEN" in said and "must be set, as in a workflow" in said
+    assert "not the one whose sha256 is missing" in check(DIGEST="")
+    for tag in ("test.1", "2", ""):
+        assert "is of 1.0+test.2, not of the tag" in check(TAG=tag)
+    (folder / "another.whl").touch()
+    assert "has NOTES.md, another.whl" in check()
+    (folder / "another.whl").unlink()
+    (sdist,) = folder.glob("*.tar.gz")
+    content = sdist.read_bytes()
+    sdist.write_bytes(b"another")
+    assert f"{sdist.name} is not the file of SHA256SUMS" in check()
+    sdist.unlink()
+    assert "run `make release`" in check()
+    # Even when its checksum is made to agree.
+    sdist.write_bytes(b"another")
+    changed = hashlib.sha256(b"another").hexdigest()
+    text = sums.read_text().replace(hashlib.sha256(content).hexdigest(), changed)
+    sums.write_text(text)
+    assert "something changed the release after it was written" in check()
+    # Nor a file from elsewhere, which a name could be the path of.
+    sums.write_text(f"{text}{changed}  ../wheels/x\n")
+    assert "and SHA256SUMS names" in check(DIGEST=digest(repository))
+
+
 def test_a_release_that_was_interrupted_stays_a_draft(repository):
+    """Until the next run makes it anew; somebody's own draft stays."""
     repository.fork("release")
     fake = FakeGitHub()
     fake.tags.add("test.2")
@@ -151,9 +212,20 @@ def test_a_release_that_was_interrupted_stays_a_draft(repository):
         if "upload" in path and len(fake.assets) == 2
         else answer(method, path, *args)
     )
-    with fake.served() as env:
-        assert "was refused: 502" in repository.refusal("publish", **env)
-    assert fake.releases[0]["draft"] is True
+    with fake.served() as github:
+        env = {"DIGEST": digest(repository), **github}
+        assert "was refused: 502" in publish(repository, **env)
+        (draft,) = fake.releases
+        assert draft["draft"] is True
+        fake.handle = answer
+        draft["author"] = {"login": "somebody"}
+        assert "somebody's draft" in publish(repository, **env)
+        assert fake.releases == [draft]
+        draft["author"] = {"login": "github-actions[bot]"}
+        assert "https://github.example/releases/2\n" in publish(repository, **env)
+    (release,) = fake.releases
+    assert release["id"] == 2 and release["draft"] is False
+    assert len(fake.assets) == 5
 
 
 def upstreams(repository, folder: Path, edit=None) -> Path:
@@ -219,7 +291,7 @@ def test_the_real_wheel_serves_installed_alone(tmp_path):
     shutil.copy(ROOT / "python/pyproject.toml", tmp_path / "python")
     (tmp_path / ".cache").symlink_to(ROOT / ".cache")
     (tmp_path / "dist").mkdir()
-    (tmp_path / "dist/release").symlink_to(tmp_path)
+    (tmp_path / "dist/wheels").symlink_to(tmp_path)
     for command in (
         # The hook that `make wheel` has pip call.
         ["-c", f"import fork.build as b; b.build_wheel({str(tmp_path)!r}, {built})"],

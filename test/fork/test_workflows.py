@@ -45,9 +45,11 @@ TESTED = {
     ),
     "bench": ("benchmark/gemma4/run.py --quick", "benchmark/test_run.py"),
     "nightly": ("-m pytest -m hypothesis test", "test_workflows.test_nightly"),
-    "watch": (f"{FORK} watch", "test_port.test_one_issue_is_kept_up_to_date"),
+    "port": (f"{FORK} port", "test_port.test_what_upstream_did_meanwhile"),
+    "watch": ("-m fork.ci.watch", "test_port.test_one_issue_is_kept_up_to_date"),
     "wheel": (
-        f'wheel --no-deps -C series="{SERIES}" --wheel-dir dist/release ./python',
+        "wheel --no-deps --no-index --no-build-isolation "
+        f'--config-settings series="{SERIES}" --wheel-dir dist/wheels ./python',
         "test_build.test_the_real_wheel",
     ),
     "smoke": (
@@ -55,7 +57,11 @@ TESTED = {
         "test_release.test_the_real_wheel_serves_installed_alone",
     ),
     "release": (f"{FORK} release --tag", "test_release.test_what_a_release_holds"),
-    "publish": (f"{FORK} publish", "test_release.test_publishing"),
+    "publish": ("-m fork.ci.publish", "test_release.test_publishing"),
+    "publish-check": (
+        "-m fork.ci.publish check",
+        "test_release.test_what_is_not_published",
+    ),
 }
 
 
@@ -156,8 +162,9 @@ def test_the_module_and_the_workflows_agree():
     # Each that the base has a wheel for, in a release too.
     pythons = [".".join(map(str, version)) for version in Engine(SERIES).pythons()]
     assert base["strategy"]["matrix"]["python"] == pythons
-    wheel = WORKFLOWS["release.yml"]["jobs"]["wheel"]
-    assert wheel["strategy"]["matrix"]["python"] == pythons
+    for job in ("wheel", "smoke"):
+        matrix = WORKFLOWS["release.yml"]["jobs"][job]["strategy"]["matrix"]
+        assert matrix["python"] == pythons
     events = set(WORKFLOWS["gate.yml"]["on"]["pull_request_target"]["types"])
     assert events == {*tests["on"]["pull_request"]["types"], "unlabeled"}
     # Another label's run must not stop a run, nor be stopped.
@@ -186,6 +193,26 @@ def test_a_release_is_signed_as_it_is_published():
     ]
     assert uses[-2:] == ["actions/attest-build-provenance", "make publish"]
     assert job["steps"][-2]["with"] == {"subject-checksums": "dist/release/SHA256SUMS"}
+
+
+def test_a_release_is_written_before_anything_unpinned_is_installed():
+    """And the job that publishes knows, from the one that wrote it, what that was."""
+    jobs = WORKFLOWS["release.yml"]["jobs"]
+    assert "needs" not in jobs["wheel"] and jobs["assemble"]["needs"] == "wheel"
+    assert jobs["test"]["needs"] == jobs["smoke"]["needs"] == "assemble"
+    assert {*jobs["publish"]["needs"]} == {"assemble", "test", "smoke"}
+    built = [step["run"] for job in ("wheel", "assemble") for step in steps_run(job)]
+    assert built == ["make wheel", "make release"]
+    (release,) = steps_run("assemble")
+    output = f"${{{{ steps.{release['id']}.outputs.digest }}}}"
+    assert jobs["assemble"]["outputs"] == {"digest": output}
+    for step in steps_run("publish"):
+        assert step["env"]["DIGEST"] == "${{ needs.assemble.outputs.digest }}"
+        assert step["env"]["TAG"] == "${{ github.ref_name }}"
+
+
+def steps_run(job: str) -> list[dict]:
+    return [step for step in steps("release.yml", job) if "run" in step]
 
 
 def test_dependencies_are_kept_up_to_date():
