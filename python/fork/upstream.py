@@ -127,9 +127,19 @@ def write_one(project: Project, name: str) -> Path:
         git("checkout", "--quiet", "--detach", BASE)
         if git.run("cherry-pick", commit).returncode:
             files = git.names("diff", "--name-only", "--diff-filter=U", "-z")
+            touching = [
+                before
+                for before, made in zip(names[: names.index(name)], commits)
+                if git.names(
+                    *("diff-tree", "-r", "-z", "--no-commit-id", "--name-only"),
+                    *(made, "--", *files),
+                )
+            ]
             raise ForkError(
                 f"{name} needs patches before it, as git cannot put it on "
-                f"{base.requirement(project)} alone; see {', '.join(files)}."
+                f"{base.requirement(project)} alone; of those that change "
+                f"{', '.join(files)} as well: {', '.join(touching)}. Send them first, "
+                "or all with `make upstream`."
             )
         head = _add_tests(
             project, git, {git.commit("HEAD"): project.entries[names.index(name)]}

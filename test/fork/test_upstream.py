@@ -102,5 +102,6 @@ def test_one_patch_alone(repository, tmp_path):
     assert (plain / TEST).read_text() == (repository.root / TEST).read_text()
 
     refusal = repository.refusal("upstream", "again")
-    assert "again needs patches before it" in refusal and "srt/model.py" in refusal
+    assert "again needs patches before it" in refusal
+    assert "srt/model.py as well: line" in refusal
     assert "names no patch '0001', but line" in repository.refusal("upstream", "0001")
