@@ -11,13 +11,9 @@ pictures included. `--shape tiny` runs on a CPU, to try the program.
 """
 
 import argparse
-import base64
-import io
-import json
 import sys
 import tempfile
 import time
-import urllib.error
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -26,11 +22,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import serving  # noqa: E402
 from checkpoint import SHAPES, write_checkpoint  # noqa: E402
+from eval_pictures import MARK, data_url  # noqa: E402
 from plan_kv_pools import positive  # noqa: E402
 from results import FOLDER, Results, table  # noqa: E402
 from serving import Arm, HouseError, Server, Setup  # noqa: E402
 
-MARK = "<|image|>"
 SYLLABLES = [a + b for a in "bdfgklmnpr" for b in "aeiou"]
 TIME = "time of a request"
 TEXT = "text"
@@ -60,9 +56,7 @@ class Prompts:
         height, width = self.shape
         coarse = self.random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=90)
-        return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return data_url(image, "JPEG", quality=90)
 
 
 def send(server: Server, text: str, pictures: List[str]) -> Tuple[int, float]:
@@ -75,15 +69,7 @@ def send(server: Server, text: str, pictures: List[str]) -> Tuple[int, float]:
     if pictures:
         data["image_data"] = pictures
     start = time.perf_counter()
-    try:
-        with server.ask("/generate", data, timeout=300) as response:
-            said = json.load(response)
-    except urllib.error.HTTPError as e:
-        why = e.read().decode(errors="replace")[:200]
-        raise HouseError(f"{server.arm.name} answered {e.code}: {why}") from None
-    except OSError as e:
-        server.check_alive("while it answered")
-        raise HouseError(f"{server.arm.name} did not answer ({e}).") from None
+    said = server.generate(data)
     took = 1000 * (time.perf_counter() - start)
     return said["meta_info"]["prompt_tokens"], took
 
@@ -158,8 +144,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse(argv)
     with serving.reported("bench_picture_prompt.py"):
         path = args.out / f"{args.name}.json"
-        if path.exists():
-            raise HouseError(f"{path} exists: give another --name, or remove it.")
+        serving.check_new(path)
         if args.shape not in SHAPES:
             raise HouseError(f"--shape {args.shape}: choose of {', '.join(SHAPES)}.")
         serving.check_port(args.port)

@@ -206,8 +206,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse(argv)
     with serving.reported("bench_vision.py"):
         path = args.out / f"{args.name}.json"
-        if path.exists():
-            raise HouseError(f"{path} exists: give another --name, or remove it.")
+        serving.check_new(path)
         if args.shape not in SHAPES:
             raise HouseError(f"--shape {args.shape}: choose of {', '.join(SHAPES)}.")
         args.logs = args.logs.resolve()

@@ -23,7 +23,6 @@ import io
 import json
 import shlex
 import sys
-import urllib.error
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -129,10 +128,12 @@ def picture(name: str, seed: int):
     return Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8), "RGB")
 
 
-def _data_url(image) -> str:
+def data_url(image, form: str = "PNG", **options) -> str:
+    """An image as a request has it."""
     file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, form, **options)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/{form.lower()};base64,{data}"
 
 
 @dataclasses.dataclass
@@ -152,7 +153,7 @@ def ask(server: Server, asked: Ask) -> List[Answer]:
     """
     data = {
         "text": [text for text, _ in asked.prompts],
-        "image_data": [[_data_url(picture(*p)) for p in of] for _, of in asked.prompts],
+        "image_data": [[data_url(picture(*p)) for p in of] for _, of in asked.prompts],
         "sampling_params": {
             "temperature": 0,
             "max_new_tokens": NEW_TOKENS,
@@ -163,15 +164,7 @@ def ask(server: Server, asked: Ask) -> List[Answer]:
     }
     if len(asked.prompts) == 1:
         data.update(text=data["text"][0], image_data=data["image_data"][0])
-    try:
-        with server.ask("/generate", data, timeout=300) as response:
-            said = json.load(response)
-    except urllib.error.HTTPError as e:
-        told = e.read().decode(errors="replace")[:200]
-        raise HouseError(f"{server.arm.name} answered {e.code}: {told}") from None
-    except OSError as e:
-        server.check_alive("while it answered")
-        raise HouseError(f"{server.arm.name} did not answer ({e}).") from None
+    said = server.generate(data)
     said = said if isinstance(said, list) else [said]
     return [
         Answer(
@@ -417,8 +410,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse(argv)
     with serving.reported("eval_pictures.py"):
         path = args.out / f"{args.name}.json"
-        if path.exists():
-            raise HouseError(f"{path} exists: give another --name, or remove it.")
+        serving.check_new(path)
         unknown = [name for name in args.shapes.split(",") if name not in SHAPES]
         if unknown:
             raise HouseError(

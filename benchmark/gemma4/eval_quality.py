@@ -313,8 +313,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse(argv)
     with serving.reported("eval_quality.py"):
         path = args.out / f"{args.name}.json"
-        if path.exists():
-            raise HouseError(f"{path} exists: give another --name, or remove it.")
+        serving.check_new(path)
         if not args.mmlu and not (args.model / "config.json").exists():
             raise HouseError(
                 f"{args.model} is not there: `python benchmark/gemma4/trained.py "

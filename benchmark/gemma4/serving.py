@@ -319,6 +319,12 @@ def check_port(port: int) -> None:
             ) from None
 
 
+def check_new(path: Path) -> None:
+    """Raises HouseError if there is a result of this name."""
+    if path.exists():
+        raise HouseError(f"{path} exists: give another --name, or remove it.")
+
+
 def check_model(folder: Path, what: str = "--model") -> None:
     if not (folder / "config.json").is_file():
         raise HouseError(f"{what} {folder} is no checkpoint: it has no config.json.")
@@ -473,6 +479,22 @@ class Server:
             request.data = json.dumps(data).encode()
             request.add_header("Content-Type", "application/json")
         return self._opener.open(request, timeout=timeout)
+
+    def generate(self, data: dict, timeout: float = 300):
+        """What /generate answers to this request.
+
+        Raises:
+            HouseError: The server died, refused it or did not answer.
+        """
+        try:
+            with self.ask("/generate", data, timeout) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as e:
+            told = e.read().decode(errors="replace")[:200]
+            raise HouseError(f"{self.arm.name} answered {e.code}: {told}") from None
+        except OSError as e:
+            self.check_alive("while it answered")
+            raise HouseError(f"{self.arm.name} did not answer ({e}).") from None
 
     def logged(self, before: int) -> str:
         """What it has logged since its log was `before` bytes long."""

@@ -1,7 +1,5 @@
 """bench_picture_prompt.py on the CPU: prompts of as many tokens with and without."""
 
-import io
-import json
 import sys
 from pathlib import Path
 
@@ -34,10 +32,10 @@ def test_prompts_take_turns(tmp_path, capsys):
 class Counts:
     """A server whose pictures have 64 tokens, and each word one."""
 
-    def ask(self, path, data, timeout):
+    def generate(self, data):
         tokens = len(data["text"].rpartition(bench.MARK)[2].split())
         tokens += 64 * len(data["image_data"])
-        return io.StringIO(json.dumps({"meta_info": {"prompt_tokens": tokens}}))
+        return {"meta_info": {"prompt_tokens": tokens}}
 
 
 def test_pictures_alone_have_more():

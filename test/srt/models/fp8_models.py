@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +23,10 @@ from sglang.srt.model_loader.weight_utils import get_quant_config
 
 
 def can_build_models(case) -> None:
-    """In setUpClass of a class whose tests build models."""
+    """In setUpClass of a class whose tests build models, in `case.folder`."""
+    folder = tempfile.TemporaryDirectory(prefix="gemma4-fp8-")
+    case.addClassCleanup(folder.cleanup)
+    case.folder = Path(folder.name)
     be_the_only_rank(case)
     initialize_moe_config()
 

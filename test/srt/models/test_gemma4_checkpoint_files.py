@@ -34,9 +34,6 @@ SHAPES = ("tiny", "tiny-31b", "tiny-e2b", "tiny-e4b", "tiny-12b")
 class TestCheckpointFiles(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory(prefix="gemma4-files-")
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = Path(folder.name)
         can_build_models(cls)
 
     def written(self, fp8=None, shape="tiny", **kind):

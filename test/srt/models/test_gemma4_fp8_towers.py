@@ -4,7 +4,6 @@ not."""
 
 import os
 import sys
-import tempfile
 import unittest
 from pathlib import Path
 
@@ -42,9 +41,6 @@ TOWERS = {
 class TestFp8Towers(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory(prefix="gemma4-fp8-towers-")
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = Path(folder.name)
         can_build_models(cls)
 
     def check(self, shape, fp8, quantization=None):
