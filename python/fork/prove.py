@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -82,7 +85,8 @@ def prove(project: Project, chosen: Sequence[str] | None = None) -> list[Proof]:
     """Runs each patch's tests with the whole series, where they have to pass, and with
     the patch taken out of it, where one of them has to fail.
 
-    What they print is in dist/prove/.
+    What they print is in dist/prove/, and what was proved: a patch that is there, and
+    has not changed since, nor its tests, is not proved again.
 
     Args:
         chosen: The names of the patches that are proved, all of them unless given.
@@ -111,12 +115,39 @@ def prove(project: Project, chosen: Sequence[str] | None = None) -> list[Proof]:
         without = _worktree(git)
         for tree in (git, without):
             _check_imported(tree)
-        for entry, commit in zip(project.entries, commits):
-            if entry.name in chosen:
+        for entry, patch, commit in zip(project.entries, project.patches(), commits):
+            if entry.name not in chosen:
+                continue
+            kept = logs / f"{entry.name}.json"
+            digest = _digest(project, entry, patch)
+            proof = _read(kept, digest)
+            if proof is None:
                 log = logs / f"{entry.name}.log"
                 log.write_text("")
-                proofs.append(_prove(project, entry, log, git, without, commit))
+                proof = _prove(project, entry, log, git, without, commit)
+                if not proof.reason:
+                    text = json.dumps({"of": digest, **dataclasses.asdict(proof)})
+                    kept.write_text(text + "\n")
+            proofs.append(proof)
     return proofs
+
+
+def _digest(project: Project, entry: Patch, patch: Path) -> str:
+    """What a patch and its tests are, on a base."""
+    digest = hashlib.sha256()
+    for path in (project.base, patch, *(project.root / test for test in entry.tests)):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _read(kept: Path, digest: str) -> Proof | None:
+    """A proof that was kept, of what has this digest."""
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    if found.pop("of", None) != digest:
+        return None
+    for key in ("with_it", "without"):
+        found[key] = Outcome(**found[key])
+    return Proof(**found)
 
 
 def _prove(

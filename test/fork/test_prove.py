@@ -69,12 +69,28 @@ def test_each_patch_is_proved(repository):
     assert "1 failed in" in log  # and the test behind it was not run
 
 
+@pytest.mark.parametrize("part", ["its tests", "the patch"])
+def test_what_was_proved_is_not_proved_again(repository, part):
+    """Until it, or one of its tests, is another."""
+    first = repository.fork("prove", "layers")
+    log = repository.root / "dist/prove/layers.log"
+    log.write_text("kept")
+    assert rows(repository.fork("prove", "layers")) == rows(first)
+    assert log.read_text() == "kept"
+    if part == "its tests":
+        (repository.root / LAYERS).write_text(f"{TESTS[LAYERS]}\n")
+    else:
+        (patch,) = repository.root.glob("patches/*/0001-*.patch")
+        patch.write_text(patch.read_text().replace("Have three", "Have 3"))
+    assert rows(repository.fork("prove", "layers")) == rows(first)
+    assert "2 passed" in log.read_text()
+
+
 def test_one_patch_alone(repository):
     said = repository.fork("prove", "make-it-two")
     assert rows(said) == ["| make-it-two | 1 | yes |  |"]
-    assert [p.name for p in (repository.root / "dist/prove").iterdir()] == [
-        "make-it-two.log"
-    ]
+    kept = {path.name for path in (repository.root / "dist/prove").iterdir()}
+    assert kept == {"make-it-two.log", "make-it-two.json"}
     refusal = repository.refusal("prove", "0003")
     assert "names no patch 0003, but layers, new, make-it-two." in refusal
 
