@@ -1,0 +1,133 @@
+"""The pieces of a prompt have the token ids of the whole."""
+
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer
+
+from sglang.srt.entrypoints.openai import parallel_prompt_encode as pieces
+from sglang.srt.environ import envs
+from sglang.srt.utils.bpe_cuts import describe, find_bpe_cuts
+from sglang.srt.utils.encode_texts import encode_texts, prepare
+from sglang.test.ci.ci_register import register_cpu_ci
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmark" / "gemma4"
+sys.path.insert(0, str(BENCHMARKS))
+from checkpoint import write_checkpoint  # noqa: E402
+
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+
+MARKED = st.lists(
+    st.sampled_from(["<|image|>", "<bos>", "<|turn>", "<turn|>", " ", "\n", "▁", "ba"])
+    | st.text(max_size=8)
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    with tempfile.TemporaryDirectory() as place:
+        write_checkpoint(Path(place, "model"), "26b-a4b", weights=False)
+        yield AutoTokenizer.from_pretrained(str(Path(place, "model")))
+
+
+@given(text=st.text() | MARKED, specials=st.booleans())
+def test_pieces_have_the_ids_of_the_whole(tokenizer, text, specials):
+    with (
+        mock.patch.object(pieces, "_MIN_CHUNK_CHARS", 1),
+        mock.patch.object(pieces, "_parallel_ok", True),
+        envs.SGLANG_PARALLEL_PROMPT_ENCODE_MIN_CHARS.override(0),
+    ):
+        found = pieces.parallel_prompt_encode(
+            tokenizer, text, {"add_special_tokens": specials}
+        )
+    assert found == tokenizer.encode(text, add_special_tokens=specials)
+
+
+def test_a_text_is_cut_behind_words(tokenizer):
+    *_, pattern, npattern, cuts = pieces._plan_for(tokenizer)
+    with mock.patch.object(pieces, "_MIN_CHUNK_CHARS", 1):
+        cut = pieces.split_prompt("ba be\n\nbi  <|turn> .bo", pattern, npattern, cuts)
+    assert cut == ["ba", " be", "\n\nbi", "  <|turn>", " .bo"]
+
+
+def bpe(*merges, **options):
+    """A tokenizer as Gemma's, of these merges."""
+    made = {left + right: None for left, right in merges}
+    letters = ["<unk>", "▁", "\n", *"ab"]
+    vocab = {token: index for index, token in enumerate([*letters, *made])}
+    model = models.BPE(vocab, list(merges), unk_token="<unk>", **options)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer, cut",
+    [
+        (bpe(("a", "b"), ("▁", "ab"), ("▁", "▁")), True),
+        (bpe(("a", "▁")), False),
+        (bpe(("a", "\n")), False),
+        (bpe(("▁", "a"), ("b", "▁a")), False),
+        (bpe(("a", "b"), ignore_merges=True), False),
+        (bpe(("a", "b"), dropout=0.5), False),
+    ],
+)
+def test_no_cut_where_a_merge_can_reach_over_it(tokenizer, cut):
+    assert (find_bpe_cuts(describe(tokenizer)) is not None) is cut
+
+
+@st.composite
+def tokenizers(draw):
+    tokens, merges = ["▁", "\n", "a", "b"], []
+    for _ in range(draw(st.integers(0, 6))):
+        pair = draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))
+        if "".join(pair) not in tokens:
+            tokens.append("".join(pair))
+            merges.append(pair)
+    return bpe(*merges)
+
+
+@given(backend=tokenizers(), text=st.text("ab \n▁c"))
+def test_any_merges(backend, text):
+    if cuts := find_bpe_cuts(describe(backend)):
+        cut = cuts.split(text)
+        ids = [i for piece in backend.encode_batch(cut) for i in piece.ids]
+        assert ids == backend.encode(text).ids
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "added_tokens"])
+def test_no_cut_where_something_else_may(part):
+    cfg = describe(bpe(("a", "b")))
+    assert find_bpe_cuts(cfg)
+    cfg[part] = {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "added_tokens": [{"normalized": True}],
+    }[part]
+    assert find_bpe_cuts(cfg) is None
+
+
+def test_a_single_long_prompt_is_cut(tokenizer):
+    """By what /generate asks, whose plan is made before."""
+    pieces._plans.pop(tokenizer, None)
+    prepare(tokenizer)
+    assert tokenizer in pieces._plans
+    text = "ba be " * 8000
+    with (
+        mock.patch.object(pieces, "_parallel_ok", True),
+        mock.patch.object(pieces, "split_prompt", wraps=pieces.split_prompt) as split,
+    ):
+        found = encode_texts(tokenizer, [text])
+        assert encode_texts(tokenizer, ["ba"]) == tokenizer(["ba"])["input_ids"]
+    assert split.call_count == 1
+    assert found == tokenizer([text])["input_ids"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
