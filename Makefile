@@ -29,6 +29,7 @@ UPSTREAM ?= https://github.com/sgl-project/sglang
 # What needs the engine is run by its environment, the rest by one of a few MB.
 VENV := $(CURDIR)/.venvs/$(SERIES)
 ENGINE = "$(VENV)/bin/python"
+GEMMA4 = PYTHONPATH="$(CURDIR)/benchmark$${PYTHONPATH:+:$$PYTHONPATH}" $(ENGINE) -m gemma4
 TOOLS := .cache/tools/bin/python
 FORK = -m fork --series "$(SERIES)"
 COMMANDS = cd python && "$(CURDIR)/$(TOOLS)" $(FORK)
@@ -49,10 +50,10 @@ edit: tools ## The same, and say where a change of one patch is committed (PATCH
 	@$(COMMANDS) edit "$(PATCH)"
 
 serve: env fork ## Serve Gemma 4 on 127.0.0.1 (PORT=30000; MODEL=a checkpoint, else a tiny one)
-	@$(ENGINE) $(FORK) serve --port "$(PORT)" --model "$(MODEL)"
+	@$(GEMMA4) launch --port "$(PORT)" --model "$(MODEL)"
 
 demo: env fork ## Serve, ask one question, stream the answer, stop
-	@$(ENGINE) $(FORK) demo --port "$(PORT)" --model "$(MODEL)"
+	@$(GEMMA4) demo --port "$(PORT)" --model "$(MODEL)"
 
 test: env ## Run every test (FILES= names some; SERIES= another series)
 	@$(ENGINE) $(FORK) verify
@@ -79,7 +80,7 @@ rehearse: tools ## Apply dist/upstream/ to SGLang's own repository at the tag (U
 	@$(COMMANDS) rehearse --repository "$(UPSTREAM)"
 
 bench: env fork ## Serve the base and the fork with small numbers: dist/bench/ (SHAPE=, LOADS=)
-	@$(ENGINE) benchmark/gemma4/run.py --quick --shape "$(SHAPE)" $(if $(LOADS),--loads "$(LOADS)") --out dist/bench
+	@$(GEMMA4) serve --quick --shape "$(SHAPE)" $(if $(LOADS),--loads "$(LOADS)") --out dist/bench
 
 nightly: env fork ## Run the property tests with ten times the examples
 	@HYPOTHESIS_PROFILE=nightly $(ENGINE) -m pytest -m hypothesis test

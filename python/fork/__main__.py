@@ -100,20 +100,6 @@ def lint(args) -> None:
     lint(args.project)
 
 
-def serve(args) -> None:
-    """serve Gemma 4 from python/sglang"""
-    from fork.serve import serve
-
-    serve(args.project, args.port, args.model)
-
-
-def demo(args) -> None:
-    """serve, ask one question, stream the answer, stop"""
-    from fork.serve import demo
-
-    demo(args.project, args.port, args.model)
-
-
 def port(args) -> None:
     """say which patches apply to a newer release of SGLang"""
     from fork.ci.watch import FILE, markdown
@@ -147,7 +133,7 @@ def release(args) -> None:
 
 
 COMMANDS = (base, checkout, edit, export, verify, prove, upstream, test, lint)
-COMMANDS += (serve, demo, port, rehearse, smoke, release)
+COMMANDS += (port, rehearse, smoke, release)
 
 
 def parse() -> argparse.Namespace:
@@ -161,13 +147,7 @@ def parse() -> argparse.Namespace:
     for command in COMMANDS:
         added = commands.add_parser(command.__name__, help=command.__doc__)
         added.set_defaults(command=command)
-        if command in (serve, demo, smoke):
-            added.add_argument("--port", type=int, default=30000)
-        if command in (serve, demo):
-            added.add_argument(
-                "--model", default="", help="a checkpoint, or a tiny one"
-            )
-        elif command is edit:
+        if command is edit:
             added.add_argument("patch", help="its name")
         elif command is upstream:
             added.add_argument("patch", nargs="?", help="dist/alone/ with this one")
@@ -185,6 +165,7 @@ def parse() -> argparse.Namespace:
         elif command is rehearse:
             added.add_argument("--repository", required=True)
         elif command is smoke:
+            added.add_argument("--port", type=int, default=30000)
             added.add_argument(
                 "--dependencies",
                 type=Path,

@@ -29,7 +29,8 @@ class Patch:
     """What series.toml says of a patch.
 
     Attributes:
-        tests: The paths of its tests, and of what only they need.
+        tests: The paths of its tests, and of what only they need; a folder in
+            series.toml stands for the Python files in it.
         result: The file in benchmark/gemma4/results that its figures are from, without
             its ending, or ``none``.
     """
@@ -81,7 +82,8 @@ class Project:
                 )
         try:
             told = _read(project.settings)
-            entries = [_entry(entry) for entry in told.get("patch", [])]
+            patches = told.get("patch", [])
+            entries = [_entry(entry, project.root) for entry in patches]
             version = Version(told["version"])
             pins = told.get("pins", {})
         except (TypeError, ValueError, LookupError) as error:
@@ -170,11 +172,20 @@ def _read(path: Path) -> dict:
     return tomllib.loads(path.read_text("utf-8"))
 
 
-def _entry(told: dict) -> Patch:
-    entry = Patch(**{**told, "tests": tuple(told["tests"])})
+def _entry(told: dict, root: Path) -> Patch:
+    tests = [file for path in told["tests"] for file in _files(root, path)]
+    entry = Patch(**{**told, "tests": tuple(tests)})
     strings = (entry.name, entry.topic, entry.upstream, entry.result, *entry.tests)
     if not all(isinstance(string, str) and string for string in strings):
         raise ValueError(f"an empty or missing string in {told}")
     if not NAME.fullmatch(entry.name):
         raise ValueError(f"{entry.name} is no name like verify-split-kv")
     return entry
+
+
+def _files(root: Path, path: str) -> list[str]:
+    """The path itself, or of a folder the Python files in it."""
+    found = sorted((root / path).rglob("*.py")) if (root / path).is_dir() else []
+    return [f"{path}/{file.relative_to(root / path).as_posix()}" for file in found] or [
+        path
+    ]

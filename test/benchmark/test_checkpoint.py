@@ -7,11 +7,17 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from gemma4 import checkpoint
+from gemma4.checkpoint import CheckpointError, configs
+from gemma4.checkpoint import folder as folder_module
+from gemma4.checkpoint import weights as weights_module
+from gemma4.checkpoint import write_checkpoint
+from gemma4.checkpoint.tokens import TURN_START, UNK
+from gemma4.cli import main
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -20,11 +26,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
-
-FACTORY = Path(__file__).parents[2] / "benchmark" / "gemma4" / "checkpoint.py"
-sys.path.insert(0, str(FACTORY.parent))
-import checkpoint
-from checkpoint import CheckpointError, main, write_checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,7 +157,7 @@ def test_tokenizer_and_chat_template(folders):
     ):
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == checkpoint.BOS and max(ids) < 2048
-        assert checkpoint.UNK not in ids
+        assert UNK not in ids
         assert tokenizer.decode(ids[1:]) == text
     # Decoded words encode to the same words: benchmarks rely on prompt lengths.
     words = [i for i in range(600, 2040)]
@@ -169,7 +170,7 @@ def test_tokenizer_and_chat_template(folders):
     )
     ids = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)
     ids = ids["input_ids"] if not isinstance(ids, list) else ids
-    assert ids[:2] == [checkpoint.BOS, checkpoint.TURN_START]
+    assert ids[:2] == [checkpoint.BOS, TURN_START]
     assert ids.count(checkpoint.BOS) == 1
 
 
@@ -493,8 +494,8 @@ def test_fp8_of_the_large_shapes(shape):
     groups = form.config([])["config_groups"].values()
     blocks = [group["weights"].get("block_structure") for group in groups]
     assert blocks == ([[128, 128], None] if mixed else [[128, 128]])
-    config = checkpoint._target_config(spec, False, "bfloat16")
-    for name, weight in checkpoint.on_meta(config).items():
+    config = configs.target_config(spec, False, "bfloat16")
+    for name, weight in weights_module.on_meta(config).items():
         if ".experts." in name:
             weight = weight[:2]
         for part, tensor in form.stored(name, weight).items():
@@ -507,7 +508,7 @@ def test_fp8_of_the_large_shapes(shape):
 
 
 def _parameters(config):
-    return {k: v.numel() for k, v in checkpoint.on_meta(config).items()}
+    return {k: v.numel() for k, v in weights_module.on_meta(config).items()}
 
 
 def _kv_bytes(text):
@@ -591,7 +592,7 @@ def test_geometry_is_the_tiny_ones(shape):
     large = checkpoint.SHAPES[shape]
     assert tiny.unified == large.unified
     assert (tiny.audio is None) == (large.audio is None)
-    small_text, text = checkpoint._text_config(tiny), checkpoint._text_config(large)
+    small_text, text = configs.text_config(tiny), configs.text_config(large)
     for key in (
         "attention_k_eq_v",
         "enable_moe_block",
@@ -610,7 +611,7 @@ def test_weights_of_a_large_shape_are_normal_and_ones():
     shape = checkpoint.SHAPES["26b-a4b"]
 
     def draw(name, *size):
-        return checkpoint._draw(
+        return weights_module.draw(
             shape, 0, name, torch.Size(size), torch.bfloat16, "cpu"
         ).float()
 
@@ -629,9 +630,9 @@ def test_weights_of_a_large_shape_are_normal_and_ones():
 
 def test_existing_folder_of_the_same_arguments_is_left_alone(tmp_path, capsys):
     out = tmp_path / "tiny"
-    assert main([str(out)]) == 0
+    assert main(["checkpoint", str(out)]) == 0
     before = _files(out)
-    assert main([str(out)]) == 0
+    assert main(["checkpoint", str(out)]) == 0
     assert "left alone" in capsys.readouterr().out
     assert _files(out) == before
 
@@ -640,11 +641,11 @@ def test_existing_folder_of_other_arguments_needs_overwrite(tmp_path, capsys):
     out = tmp_path / "tiny"
     write_checkpoint(out)
     before = _files(out)
-    assert main([str(out), "--seed", "7"]) == 1
+    assert main(["checkpoint", str(out), "--seed", "7"]) == 1
     message = capsys.readouterr().err
     assert "seed 0 instead of 7" in message and "--overwrite" in message
     assert _files(out) == before
-    assert main([str(out), "--seed", "7", "--overwrite"]) == 0
+    assert main(["checkpoint", str(out), "--seed", "7", "--overwrite"]) == 0
     assert json.loads((out / "checkpoint.json").read_text())["seed"] == 7
     assert not _leftovers(tmp_path)
 
@@ -655,9 +656,9 @@ def test_foreign_folder_and_file_are_never_touched(tmp_path, capsys, extra):
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     file.write_text("a file")
-    assert main([str(folder), *extra]) == 1
+    assert main(["checkpoint", str(folder), *extra]) == 1
     assert "did not write" in capsys.readouterr().err
-    assert main([str(file), *extra]) == 1
+    assert main(["checkpoint", str(file), *extra]) == 1
     assert "not a folder" in capsys.readouterr().err
     assert [p.name for p in folder.iterdir()] == ["thesis.txt"]
     assert file.read_text() == "a file"
@@ -674,9 +675,9 @@ def test_missing_parents_and_empty_folders_are_fine(tmp_path):
 def test_not_enough_space_is_said_before_the_first_byte(tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage", lambda path: usage(10**12, 0, 50 * 10**9)
+        folder_module.shutil, "disk_usage", lambda path: usage(10**12, 0, 50 * 10**9)
     )
-    assert main([str(tmp_path / "big"), "--shape", "26b-a4b"]) == 1
+    assert main(["checkpoint", str(tmp_path / "big"), "--shape", "26b-a4b"]) == 1
     message = capsys.readouterr().err
     assert "51." in message and "50.0 GB free" in message
     assert message.count("\n") == 1
@@ -689,8 +690,8 @@ def test_failed_write_leaves_nothing(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", str(out))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    assert main([str(out)]) == 1
+    monkeypatch.setattr(weights_module, "save_file", full)
+    assert main(["checkpoint", str(out)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -703,7 +704,7 @@ def test_failed_overwrite_keeps_the_old_folder(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weights_module, "save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         write_checkpoint(out, seed=1, overwrite=True)
     assert _files(out) == before
@@ -712,7 +713,7 @@ def test_failed_overwrite_keeps_the_old_folder(tmp_path, monkeypatch):
 
 def test_parent_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("a file")
-    assert main([str(tmp_path / "file" / "tiny")]) == 1
+    assert main(["checkpoint", str(tmp_path / "file" / "tiny")]) == 1
     message = capsys.readouterr().err
     assert "not a folder" in message and message.count("\n") == 1
     assert (tmp_path / "file").read_text() == "a file"
@@ -735,7 +736,7 @@ def test_bad_arguments_get_one_sentence(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        main(arguments)
+        main(["checkpoint", *arguments])
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
@@ -759,7 +760,7 @@ def test_bad_arguments_of_the_function(tmp_path, arguments):
 
 def _start(*arguments):
     return subprocess.Popen(
-        [sys.executable, str(FACTORY), *arguments],
+        [sys.executable, "-m", "gemma4", "checkpoint", *arguments],
         stderr=subprocess.PIPE,
         text=True,
     )

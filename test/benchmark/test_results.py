@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmark" / "gemma4"))
 
-import plot  # noqa: E402
-import results  # noqa: E402
+from gemma4.cli import main
+from gemma4.report import documents, results, tables
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -28,7 +27,7 @@ def measured():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_tables_are_what_the_results_say(path):
     text = path.read_text()
-    assert results.fill_in(text) == text, f"run results.py on {path.name}"
+    assert documents.fill_in(text) == text, f"run `report tables` on {path.name}"
     assert text.count("<!-- table ") == text.count("<!-- end of table -->")
 
 
@@ -39,24 +38,21 @@ def test_every_result_loads_and_is_shown(path):
     assert any(f"<!-- table {found.name} " in d.read_text() for d in DOCUMENTS)
 
 
-def test_a_changed_figure_is_noticed(tmp_path, measured, capsys, monkeypatch):
+def test_a_changed_figure_is_noticed(tmp_path, measured, refused, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    monkeypatch.setattr(results.fill_in, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(documents.fill_in, "__defaults__", (tmp_path,))
     measured.save()
     document = tmp_path / "page.md"
     document.write_text(
         "<!-- table some metric=time dtype=bfloat16 -->\n<!-- end of table -->\n"
     )
-    monkeypatch.setattr(sys, "argv", ["results.py", str(document)])
-    results.main()
+    assert main(["report", "tables", str(document)]) == 0
     assert "| 1 | 2 | 1 |" in document.read_text()
     assert "| 8192 | 1,234 | 617.2 |" in document.read_text()
-    monkeypatch.setattr(sys, "argv", ["results.py", "--check", str(document)])
-    results.main()
+    assert main(["report", "tables", "--check", str(document)]) == 0
     document.write_text(document.read_text().replace("617.2", "61.72"))
-    with pytest.raises(SystemExit):
-        results.main()
-    assert "tables differ from results/" in capsys.readouterr().err
+    said = refused("report tables", "--check", str(document))
+    assert "Tables differ from results/" in said
 
 
 def test_saved_and_loaded_are_equal(tmp_path, measured):
@@ -78,8 +74,7 @@ def test_a_result_knows_its_environment(tmp_path, monkeypatch, capsys):
             distribution(folder, name, version)
         (folder / "gone-1.dist-info").mkdir()
         monkeypatch.setattr(sys, "path", [str(folder)])
-        monkeypatch.setattr(sys, "argv", ["results.py", "--environment"])
-        results.main()
+        assert main(["report", "environment"]) == 0
         text = capsys.readouterr().out
         found = results.Results.start("kernels", "some", "Some kernel")
         assert found.environment == hashlib.sha256(text.encode()).hexdigest()
@@ -102,13 +97,11 @@ def test_median_and_spread(measured):
 
 
 def test_a_column_of_ratios(measured):
-    head, _, first, last = results.table(measured, "time", "torch").splitlines()
+    head, _, first, last = tables.table(measured, "time", "torch").splitlines()
     assert head.endswith("| torch | fork | fork / torch |")
     assert first.endswith("| 2 | 1 | 0.50 × |")
     measured.add({"tokens": 7, "dtype": "bfloat16"}, "fork", "time", "us", [1.0])
-    assert (
-        results.table(measured, "time", "torch").splitlines()[-1].endswith("| 1 |  |")
-    )
+    assert tables.table(measured, "time", "torch").splitlines()[-1].endswith("| 1 |  |")
 
 
 def test_samples_are_appended(measured):
@@ -149,10 +142,8 @@ def test_a_record_is_added_once(measured):
         measured.add(case, "fork", "time", "us", [1.0])
 
 
-def test_the_plot_is_an_svg(tmp_path, measured, monkeypatch):
+def test_the_plot_is_an_svg(tmp_path, measured):
     path = measured.save(tmp_path / "some.json")
-    arguments = ["plot.py", str(path), "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    plot.main()
+    assert main(["report", "plot", str(path), "--out", str(tmp_path)]) == 0
     (picture,) = tmp_path.glob("*.svg")
     assert "<svg" in picture.read_text()[:1000]

@@ -43,7 +43,7 @@ TESTED = {
         f'{FORK} rehearse --repository "https://github.com/sgl-project/sglang"',
         "test_release.test_the_series_on_upstreams_tag",
     ),
-    "bench": ("benchmark/gemma4/run.py --quick", "benchmark/test_run.py"),
+    "bench": ("-m gemma4 serve --quick", "benchmark/test_serving.py"),
     "nightly": ("-m pytest -m hypothesis test", "test_workflows.test_nightly"),
     "port": (f"{FORK} port", "test_port.test_what_upstream_did_meanwhile"),
     "watch": ("-m fork.ci.watch", "test_port.test_one_issue_is_kept_up_to_date"),

@@ -23,8 +23,8 @@ from sglang.test.test_utils import (
 
 TEST = Path(__file__).parents[2]
 sys.path.insert(0, str(TEST / "srt" / "function_call"))
-sys.path.insert(0, str(TEST.parent / "benchmark" / "gemma4"))
-from checkpoint import CHAT_TEMPLATE, TURN_END, write_checkpoint  # noqa: E402
+sys.path.insert(0, str(TEST.parent / "benchmark"))
+from gemma4.checkpoint import CHAT_TEMPLATE, TURN_END, write_checkpoint  # noqa: E402
 from gemma4_answers import (  # noqa: E402
     ANSWERS,
     CHANNEL_END,

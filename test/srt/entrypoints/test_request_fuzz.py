@@ -44,8 +44,8 @@ from sglang.test.test_utils import (
     popen_launch_server,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-from checkpoint import BOS, FIRST_TEXT_TOKEN, SHAPES, write_checkpoint
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
+from gemma4.checkpoint import BOS, FIRST_TEXT_TOKEN, SHAPES, write_checkpoint
 
 register_cpu_ci(est_time=300, suite="stage-a-test-cpu")
 

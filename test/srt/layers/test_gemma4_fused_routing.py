@@ -25,9 +25,9 @@ with mock.patch.dict(os.environ, INTERPRET):
 
     ops = importlib.reload(ops)
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
 
-from checkpoint import SHAPES as SHAPES_OF_CHECKPOINTS  # noqa: E402
+from gemma4.checkpoint import SHAPES as SHAPES_OF_CHECKPOINTS  # noqa: E402
 from tiny_gemma4 import OnCuda, ask_model, load_model  # noqa: E402
 
 from sglang.test.ci.ci_register import (  # noqa: E402

@@ -11,9 +11,9 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
 
-from checkpoint import write_checkpoint  # noqa: E402
+from gemma4.checkpoint import write_checkpoint  # noqa: E402
 
 
 class OnCuda(torch.Tensor):

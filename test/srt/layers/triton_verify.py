@@ -21,8 +21,8 @@ from sglang.srt.server_args import prepare_server_args
 from sglang.srt.speculative import eagle_utils
 from sglang.test.test_utils import CustomTestCase
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-from checkpoint import write_checkpoint  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
+from gemma4.checkpoint import write_checkpoint  # noqa: E402
 
 CONTEXT, DRAFT_TOKENS, WINDOW = 96, 4, 7
 NUM_KV_HEADS, HEAD_DIM = 1, 64

@@ -14,9 +14,9 @@ from sglang.srt.server_args import prepare_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-from checkpoint import write_checkpoint  # noqa: E402
-from plan_kv_pools import kv_cache_configurator  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
+from gemma4.checkpoint import write_checkpoint  # noqa: E402
+from gemma4.pools.plan import kv_cache_configurator  # noqa: E402
 
 register_cpu_ci(est_time=30, suite="base-a-test-cpu")
 

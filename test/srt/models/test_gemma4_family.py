@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import test_gemma4_parity as parity
 
 # That module has found the factory.
-from checkpoint import CONFIG_FORMATS, SHAPES, write_checkpoint
+from gemma4.checkpoint import CONFIG_FORMATS, SHAPES, write_checkpoint
 
 register_cpu_ci(est_time=300, suite="stage-a-test-cpu")
 

@@ -20,9 +20,8 @@ from sglang.srt.layers.quantization.unquant import (
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-from checkpoint import write_checkpoint
-from fp8_forms import FORMS
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
+from gemma4.checkpoint import FORMS, write_checkpoint
 
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 

@@ -19,11 +19,10 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 import test_gemma4_parity as parity
 import torch
 import transformers
+from fp8_models import can_build_models, load, write_without_fp8
 
 # That module has found the factory.
-from checkpoint import write_checkpoint
-from fp8_forms import FORMS
-from fp8_models import can_build_models, load, write_without_fp8
+from gemma4.checkpoint import FORMS, write_checkpoint
 
 from sglang.srt.model_loader.fp8_dequantize import dequantize
 from sglang.srt.model_loader.gemma4_checkpoint import Fp8Scheme
@@ -88,7 +87,7 @@ class TestFp8Weights(CustomTestCase):
 
     def test_blocks_at_the_ends(self):
         """26B-A4B's experts are 5.5 blocks of 128 wide; these, half and 1.5."""
-        with mock.patch("checkpoint.TINY_FP8_BLOCK", 64):
+        with mock.patch("gemma4.checkpoint.shapes.TINY_FP8_BLOCK", 64):
             self.check("tiny", "fp8-fine-grained", dtype="bfloat16")
 
     def test_what_it_cannot_have(self):

@@ -29,8 +29,8 @@ from sglang.test.test_utils import (
     popen_launch_server,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-from checkpoint import BOS, FIRST_TEXT_TOKEN, SHAPES, write_checkpoint
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
+from gemma4.checkpoint import BOS, FIRST_TEXT_TOKEN, SHAPES, write_checkpoint
 
 register_cpu_ci(est_time=240, suite="stage-a-test-cpu")
 register_cuda_ci(est_time=240, suite="stage-b-test-1-gpu-small")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import test_gemma4_parity as parity
 
 # That module has found the factory.
-from checkpoint import write_checkpoint
+from gemma4.checkpoint import write_checkpoint
 from picture_cases import PICTURES, random_picture
 
 register_cpu_ci(est_time=640, suite="stage-a-test-cpu")

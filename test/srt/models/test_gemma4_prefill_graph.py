@@ -2,7 +2,7 @@
 tokens, and that the text model runs as a graph is captured, with tokens and embeddings.
 
 A GPU's answers from these graphs, pictures among them, are compared with transformers'
-by test_gemma4_parity.py and benchmark/gemma4/eval_pictures.py.
+by test_gemma4_parity.py and `python -m gemma4 pictures`.
 """
 
 import sys
@@ -25,10 +25,10 @@ from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import (
 from sglang.srt.server_args import prepare_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmark" / "gemma4"
+BENCHMARKS = Path(__file__).parents[3] / "benchmark"
 sys.path.insert(0, str(BENCHMARKS))
-import one_rank  # noqa: E402
-from checkpoint import write_checkpoint  # noqa: E402
+from gemma4.checkpoint import write_checkpoint  # noqa: E402
+from gemma4.engines import one_rank  # noqa: E402
 
 register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
 

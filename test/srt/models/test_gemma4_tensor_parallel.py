@@ -27,7 +27,7 @@ spec = importlib.util.spec_from_file_location(
 mtp = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mtp)
 
-import checkpoint  # isort: skip # test_gemma4_parity has put it on the path
+from gemma4 import checkpoint  # isort: skip # test_gemma4_parity has put it on the path
 
 register_cpu_ci(est_time=110, suite="stage-a-test-cpu")
 

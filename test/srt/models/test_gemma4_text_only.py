@@ -14,9 +14,9 @@ from sglang.srt.utils.hf_transformers_utils import get_config
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
 
-from checkpoint import SHAPES, write_checkpoint  # noqa: E402
+from gemma4.checkpoint import SHAPES, write_checkpoint  # noqa: E402
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 

@@ -18,10 +18,10 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-import plan_kv_pools
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
 import test_gemma4_parity as parity
-from checkpoint import SHAPES, write_checkpoint
+from gemma4.checkpoint import SHAPES, write_checkpoint
+from gemma4.pools.plan import Layout, Load, plan
 from picture_cases import PICTURES, random_picture
 from two_ranks import ask_ranks
 
@@ -150,11 +150,9 @@ class TestMembers(CustomTestCase):
             return [sum(p.get_kv_size_bytes()) / (p.size + p.page_size) for p in pools]
 
         for tp_size in (1, 2):
-            argv = [folder, "--kv-memory", "1MB", "--tp-size", str(tp_size)]
-            args = plan_kv_pools._parser().parse_args(argv)
-            load = plan_kv_pools.Load(8, 8, None)
-            plan = plan_kv_pools.plan(folder, args.kv_memory, None, load, args)
-            planned = [plan.full_bytes_per_token, plan.swa_bytes_per_token]
+            load, layout = Load(8, 8, None), Layout(tp_size=tp_size)
+            found = plan(folder, 10**6, None, load, layout)
+            planned = [found.full_bytes_per_token, found.swa_bytes_per_token]
             more_args = ["--dtype", "bfloat16"]
             for rank, held in enumerate(
                 ask_ranks(folder, question, tp_size, more_args)

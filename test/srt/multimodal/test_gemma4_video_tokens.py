@@ -15,8 +15,8 @@ from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-from checkpoint import write_checkpoint
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
+from gemma4.checkpoint import write_checkpoint
 
 register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 

@@ -12,8 +12,8 @@ from sglang.srt.server_args import prepare_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark" / "gemma4"))
-from checkpoint import write_checkpoint  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
+from gemma4.checkpoint import write_checkpoint  # noqa: E402
 
 register_cpu_ci(est_time=20, suite="base-a-test-cpu")
 

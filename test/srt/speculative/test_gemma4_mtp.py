@@ -26,7 +26,7 @@ spec = importlib.util.spec_from_file_location(
 parity = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(parity)
 
-from checkpoint import write_checkpoint  # noqa: E402
+from gemma4.checkpoint import write_checkpoint  # noqa: E402
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 

@@ -31,7 +31,7 @@ mtp = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mtp)
 parity = mtp.parity
 
-from checkpoint import EOS, TOOL_RESPONSE, TURN_END  # noqa: E402
+from gemma4.checkpoint import EOS, TOOL_RESPONSE, TURN_END  # noqa: E402
 
 register_cpu_ci(est_time=50, suite="stage-a-test-cpu")
 

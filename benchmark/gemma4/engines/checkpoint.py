@@ -1,0 +1,90 @@
+"""Writes a loadable Gemma 4 checkpoint folder with random weights.
+
+    python -m gemma4 checkpoint OUT --shape tiny
+    python -m gemma4 checkpoint OUT --shape 26b-a4b --assistant
+    python -m gemma4 checkpoint OUT --shape e2b --no-weights
+    python -m gemma4 checkpoint OUT --shape 31b --weights fp8-dynamic
+
+The folder holds what a released one holds: config, generation config, tokenizer,
+chat template, processor, and sharded safetensors with an index. Names and shapes of
+the weights are those that transformers saves a model of the config under, built on the
+meta device.
+
+The large shapes are drawn on the GPU when there is one, and a GPU's generator gives
+other numbers than a CPU's; the tiny ones are always drawn on the CPU and are the same
+everywhere. With `--weights` the same weights are stored in FP8, in one of the forms of
+fp8.py.
+"""
+
+from gemma4.checkpoint.folder import (
+    CONFIG_FORMATS,
+    DTYPES,
+    CheckpointError,
+    write_checkpoint,
+)
+from gemma4.checkpoint.fp8 import FORMS
+from gemma4.checkpoint.shapes import SHAPES
+from gemma4.errors import UserError
+
+
+def arguments(parser) -> None:
+    parser.add_argument("out", metavar="OUT", help="The folder to write.")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="tiny",
+        help="The sizes of the model (default: tiny).",
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--assistant", action="store_true", help="Writes the shape's MTP draft model."
+    )
+    kind.add_argument(
+        "--text-only", action="store_true", help="Writes a text model, without vision."
+    )
+    parser.add_argument(
+        "--weights",
+        choices=FORMS,
+        help="Stores them in FP8, in one of the published forms.",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="The dtype of the weights."
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="What all weights are drawn from."
+    )
+    parser.add_argument(
+        "--config-format",
+        choices=CONFIG_FORMATS,
+        default="flat",
+        help="Writes config.json as transformers 5.6 (flat) or 5.19 (per-layer) does.",
+    )
+    parser.add_argument(
+        "--no-weights",
+        action="store_true",
+        help="Writes config and tokenizer alone, for --load-format dummy.",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Replaces a folder that this command wrote.",
+    )
+
+
+def run(args) -> None:
+    try:
+        written = write_checkpoint(
+            args.out,
+            args.shape,
+            assistant=args.assistant,
+            text_only=args.text_only,
+            dtype=args.dtype,
+            seed=args.seed,
+            weights=not args.no_weights,
+            fp8=args.weights,
+            config_format=args.config_format,
+            overwrite=args.overwrite,
+        )
+    except CheckpointError as e:
+        raise UserError(str(e)) from None
+    print(f"{args.out}: {'written' if written else 'already there, left alone'}.")

@@ -1,0 +1,176 @@
+"""Times the verify step's attention beside the release's and the bytes it must read.
+
+    python -m gemma4 kernel verify --name verify-h200
+
+A layer of Gemma-4-26B-A4B in bf16 with 4 drafted tokens a request: `sliding` has 16
+query heads, 8 KV heads of 256 and a window of 1023 tokens before a token, `full` 16
+query heads and 2 KV heads of 512; `mla` and `gqa` are layers of other models. Lengths
+are those before the draft, the slots of the KV cache are in random order. `base` is the
+extend kernel of the release, which verified there, `fork` the verify kernel.
+
+A sample is one replay of a CUDA graph whose launches go through copies of the KV cache
+that together are larger than the L2 cache, as the layers of a model do; the arms take
+turns, replay by replay. `bytes` is K and V of the prefix at the rate of a large copy;
+`--fa4 SITE` adds FlashAttention 4 (fa4.py), for the layers of Gemma 4.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from gemma4.arguments import positive
+from gemma4.kernels import fa4, files
+from gemma4.kernels.runner import FA4, Run, add_fa4, alike
+
+TITLE, SAMPLES = "Attention of a verify step", 11
+LAYERS = {
+    "sliding": dict(heads=16, kv_heads=8, head_dim=256, v_head_dim=256, window=1023),
+    "full": dict(heads=16, kv_heads=2, head_dim=512, v_head_dim=512, window=-1),
+    "gqa": dict(heads=32, kv_heads=8, head_dim=128, v_head_dim=128, window=-1),
+    "mla": dict(heads=128, kv_heads=1, head_dim=576, v_head_dim=512, window=-1),
+}
+# layer, requests, tokens of each ("mixed": a few long requests among short ones)
+CASES = [
+    *(("sliding", 1, 8500), ("sliding", 8, 8500), ("sliding", 80, 8500)),
+    *(("full", 1, 8500), ("full", 8, 8500), ("full", 80, 1500), ("full", 80, 8500)),
+    *(("full", 1, 65536), ("full", 80, "mixed"), ("gqa", 32, 4096), ("mla", 16, 4096)),
+]
+MIXED = [65536, 30000] + [100 * i for i in range(1, 79)]
+# So many bytes of KV do not fit an L2 cache.
+COLD_BYTES = 3 * 10**8
+OPS = "sglang/kernels/ops/attention"
+
+
+class Layer:
+    """Inputs of one layer's verify step, in `copies` copies."""
+
+    def __init__(self, name, requests, tokens, drafted):
+        layer = LAYERS[name]
+        heads, kv_heads = layer["heads"], layer["kv_heads"]
+        Lq, Lv, self.window = layer["head_dim"], layer["v_head_dim"], layer["window"]
+        lens = MIXED[:requests] if tokens == "mixed" else [tokens] * requests
+        kept = self.kept = [min(n, self.window) if self.window > 0 else n for n in lens]
+        used, batch, self.drafted = sum(kept), len(lens), drafted
+        self.bytes = used * kv_heads * (Lq if name == "mla" else Lq + Lv) * 2
+        copies = max(1, min(64, round(COLD_BYTES / self.bytes)))
+
+        def normal(*shape):
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+        self.copies = []
+        for _ in range(copies):
+            k_buffer = normal(used, kv_heads, Lq)
+            v_buffer = (
+                k_buffer[..., :Lv] if name == "mla" else normal(used, kv_heads, Lv)
+            )
+            q, k = normal(batch * drafted, heads, Lq), normal(
+                batch * drafted, kv_heads, Lq
+            )
+            v, o = normal(batch * drafted, kv_heads, Lv), normal(
+                batch * drafted, heads, Lv
+            )
+            slots = torch.randperm(used, device="cuda")
+            self.copies.append((q, k, v, o, k_buffer, v_buffer, slots))
+
+        def indptr(counts, dtype):
+            bounds = torch.zeros(len(counts) + 1, dtype=dtype, device="cuda")
+            bounds[1:] = torch.tensor(counts).cumsum(0)
+            return bounds
+
+        self.qo_indptr = indptr([drafted] * batch, torch.int32)
+        self.kv_indptr = indptr(kept, torch.int32)
+        chain = torch.ones(drafted, drafted, dtype=torch.uint8).tril()
+        masks = [
+            torch.cat([torch.ones(drafted, n, dtype=torch.uint8), chain], 1).flatten()
+            for n in lens
+        ]
+        self.mask = torch.cat(masks).cuda()
+        self.mask_indptr = indptr([len(m) for m in masks], torch.int64)
+        offsets = [n - m for n, m in zip(lens, kept)]
+        self.offsets = torch.tensor(offsets, dtype=torch.int32, device="cuda")
+
+    def base(self, function, i):
+        q, k, v, o, k_buffer, v_buffer, slots = self.copies[i % len(self.copies)]
+        function(
+            *(q, k, v, o, k_buffer, v_buffer, self.qo_indptr, self.kv_indptr, slots),
+            *(self.mask, True, self.mask_indptr, self.drafted, 1.0, 1.0),
+            sliding_window_size=self.window,
+            window_kv_offsets=self.offsets,
+        )
+        return o
+
+    def flash(self, function):
+        """Launches of FlashAttention 4, one for each copy."""
+        launches, new = [], [self.drafted] * len(self.kept)
+        for q, k, v, o, k_buffer, v_buffer, slots in self.copies:
+            paged = fa4.Paged(
+                *(
+                    [
+                        torch.cat(pair)
+                        for pair in zip(buffer[slots].split(self.kept), x.split(new))
+                    ]
+                    for buffer, x in ((k_buffer, k), (v_buffer, v))
+                )
+            )
+            launches.append(paged.call(function, q, new, self.window, o))
+        return launches
+
+    def fork(self, function, i):
+        q, k, v, o, k_buffer, v_buffer, slots = self.copies[i % len(self.copies)]
+        cores = torch.cuda.get_device_properties(0).multi_processor_count
+        function(
+            *(q, k, v, o, k_buffer, v_buffer, self.kv_indptr, slots, self.drafted),
+            *(cores, 1.0, 1.0, q.shape[-1] ** -0.5),
+            sliding_window_size=self.window,
+        )
+        return o
+
+
+def arguments(parser) -> None:
+    add_fa4(parser)
+    parser.add_argument(
+        "--drafted",
+        type=positive,
+        default=4,
+        help="How many tokens of a request are verified (default: 4).",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        choices=LAYERS,
+        default=list(LAYERS),
+        help="The kinds of layers that are timed.",
+    )
+    parser.add_argument(
+        "--kernel", type=Path, help="The fork's verify_attention.py, if it is another."
+    )
+    parser.add_argument(
+        "--base-kernel",
+        type=Path,
+        help="The release's extend_attention.py (default: it is unpacked).",
+    )
+
+
+def measure(run: Run) -> None:
+    args = run.args
+    fork = files.load(files.of_fork(f"{OPS}/verify_attention.py", args.kernel))
+    base = files.load(args.base_kernel or files.of_base(f"{OPS}/extend_attention.py"))
+    run.set(drafted=args.drafted, kernel_sha256=fork.sha256)
+    run.set(base_kernel_sha256=base.sha256)
+    run.results.notes.append("`mixed`: 65536 and 30000 tokens, then 100 to 7800.")
+    cases = [case for case in CASES if case[0] in args.layers]
+    for name, requests, tokens in run.cases(cases, "verify"):
+        layer = Layer(name, requests, tokens, args.drafted)
+        copies = len(layer.copies)
+        base_call = partial(layer.base, base.module.extend_attention_fwd)
+        fork_call = partial(layer.fork, fork.module.verify_attention_fwd)
+        arms = {
+            "base": [partial(base_call, i) for i in range(copies)],
+            "fork": [partial(fork_call, i) for i in range(max(4, copies))],
+        }
+        if run.flash and name in ("sliding", "full"):
+            arms[FA4] = layer.flash(run.flash)
+        case = {"layer": name, "requests": requests, "tokens": tokens}
+        first = {arm: calls[0] for arm, calls in arms.items()}
+        alike(case, first, layer.copies[0][3], atol=4e-3)
+        run.time(case, arms, layer.bytes)

@@ -1,0 +1,1 @@
+"""Results, their tables and pictures; results/ beside it holds the files."""

@@ -1,0 +1,1 @@
+"""Loads of requests, arm beside arm."""
