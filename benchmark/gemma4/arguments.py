@@ -8,8 +8,6 @@ from gemma4.engines.host import CACHE, START_SECONDS
 from gemma4.errors import UserError
 from gemma4.report.results import FOLDER
 
-DEFAULT_PORT = 30000
-
 
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
@@ -21,97 +19,76 @@ def listed(text: str) -> List[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def add_result(parser, name: str) -> None:
-    parser.add_argument(
-        "--name", default=name, help=f"Names the result file (default: {name})."
-    )
-    parser.add_argument(
-        "--out", type=Path, default=FOLDER, help="The folder that gets the result file."
-    )
+class Parser(argparse.ArgumentParser):
+    """A command's, with the options that several have."""
 
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see --help.\n")
 
-def add_logs(parser) -> None:
-    parser.add_argument(
-        "--logs",
-        type=Path,
-        default=CACHE / "logs",
-        help="The folder that gets the logs (default: .cache/logs).",
-    )
+    def add(self, names: str, sentence: str, default=None, to=None, **more) -> None:
+        """Adds an option, or a word that has to be there.
 
+        Args:
+            names: Such as `--loads/--load`.
+            default: It says what values are: a number's are whole numbers above 0 unless
+                `type` says otherwise.
+            to: A group of the parser's.
+        """
+        if "type" not in more and "action" not in more:
+            kinds = {int: positive, float: float, list: listed}
+            more["type"] = kinds.get(type(default), str)
+        if default not in (None, "", []):
+            shown = " ".join(map(str, default)) if type(default) is tuple else default
+            shown = ",".join(default) if type(default) is list else shown
+            sentence = f"{sentence[:-1]} (default: {shown})."
+        if default is not None:
+            more["default"] = default
+        (to or self).add_argument(*names.split("/"), help=sentence, **more)
 
-def add_arms(parser, default: str) -> None:
-    """What is compared; `default` is what --arms means where no arm is named."""
-    parser.set_defaults(default_arms=listed(default))
-    parser.add_argument(
-        "--arms",
-        type=listed,
-        default=[],
-        metavar="A,B",
-        help=f"Compares these arms (default: {default}).",
-    )
-    parser.add_argument(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="ARM",
-        help="Adds an arm: NAME=FLAGS, or NAME@WHERE=FLAGS in another environment.",
-    )
+    def add_result(self, name: str) -> None:
+        self.add("--name", "Names the result file.", name)
+        self.add("--out", "The folder that gets the result file.", FOLDER, type=Path)
 
+    def add_logs(self) -> None:
+        self.add("--logs", "The folder that gets the logs.", CACHE / "logs", type=Path)
 
-def add_port(parser) -> None:
-    parser.add_argument(
-        "--port",
-        type=int,
-        default=DEFAULT_PORT,
-        help=f"The port of the server (default: {DEFAULT_PORT}).",
-    )
-
-
-def add_servers(parser, flags: bool = True) -> None:
-    """How servers are started, and where they log."""
-    add_port(parser)
-    add_logs(parser)
-    parser.add_argument(
-        "--start-timeout",
-        type=float,
-        default=START_SECONDS,
-        metavar="SECONDS",
-        help="How long a server may take to start.",
-    )
-    if flags:
-        parser.add_argument(
-            "--flags", default="", help="Adds flags to every server of SGLang."
+    def add_arms(self, default: str) -> None:
+        """What is compared; `default` is what --arms means where no arm is named."""
+        self.set_defaults(default_arms=listed(default))
+        sentence = f"Compares these arms (default: {default})."
+        self.add("--arms", sentence, [], metavar="A,B")
+        sentence = (
+            "Adds an arm: NAME=FLAGS, or NAME@WHERE=FLAGS in another environment."
         )
+        self.add("--arm", sentence, [], action="append", metavar="ARM")
 
+    def add_port(self) -> None:
+        self.add("--port", "The port of the server.", 30000, type=int)
 
-def add_model(parser) -> None:
-    parser.add_argument(
-        "--shape",
-        default="26b-a4b",
-        help="Serves random weights of this shape (default: 26b-a4b).",
-    )
-    parser.add_argument(
-        "--model", type=Path, help="Serves this checkpoint instead of a shape."
-    )
-    parser.add_argument(
-        "--draft", type=Path, help="The checkpoint of the model's MTP draft."
-    )
+    def add_servers(self, flags: bool = True) -> None:
+        """How servers are started, and where they log."""
+        self.add_port()
+        self.add_logs()
+        sentence = "How many seconds a server may take to start."
+        self.add("--start-timeout", sentence, START_SECONDS, type=float, metavar="S")
+        if flags:
+            self.add("--flags", "Adds flags to every server of SGLang.", "")
 
+    def add_shape(self) -> None:
+        self.add("--shape", "The model's shape, with random weights.", "26b-a4b")
 
-def add_plot(parser) -> None:
-    parser.add_argument(
-        "--plot", type=Path, metavar="FOLDER", help="Draws the result there, as SVG."
-    )
+    def add_model(self) -> None:
+        self.add_shape()
+        self.add("--model", "Serves this checkpoint instead of a shape.", type=Path)
+        self.add("--draft", "The checkpoint of the model's MTP draft.", type=Path)
 
+    def add_plot(self) -> None:
+        sentence = "Draws the result into this folder, as SVG."
+        self.add("--plot", sentence, type=Path, metavar="FOLDER")
 
-def add_picture_size(parser) -> None:
-    for side, pixels in (("height", 480), ("width", 640)):
-        parser.add_argument(
-            f"--{side}",
-            type=positive,
-            default=pixels,
-            help=f"The {side} of the pictures, in pixels (default: {pixels}).",
-        )
+    def add_picture_size(self) -> None:
+        self.add("--height", "The height of the pictures, in pixels.", 480)
+        self.add("--width", "The width of the pictures, in pixels.", 640)
 
 
 def result_path(args: argparse.Namespace) -> Path:

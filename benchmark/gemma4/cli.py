@@ -6,6 +6,7 @@ import importlib
 import sys
 from typing import List, Optional
 
+from gemma4.arguments import Parser
 from gemma4.engines.process import interruptible
 from gemma4.errors import UserError
 
@@ -35,11 +36,6 @@ COMMANDS = {
     "report tiles": ("report.tiles", "Draws the tiles of the extend kernel."),
     "report environment": ("report.machine", "Lists what is installed here."),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}; see --help.\n")
 
 
 def usage(group: str = "") -> str:
@@ -74,7 +70,7 @@ def run(name: str, argv: List[str]) -> int:
     try:
         with interruptible():
             module = importlib.import_module(f"gemma4.{COMMANDS[name][0]}")
-            if hasattr(module, "measure"):
+            if not hasattr(module, "run"):
                 from gemma4.kernels.runner import Operation
 
                 module = Operation(module)

@@ -9,17 +9,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from gemma4.arguments import Parser
 from gemma4.checkpoint import SHAPES, Shape, write_checkpoint
 from gemma4.checkpoint.configs import text_config
-from gemma4.cli import Parser, main
+from gemma4.cli import main
 from gemma4.engines.arms import Arm
 from gemma4.engines.servers import ArmServer, Setup
 from gemma4.errors import UserError
 from gemma4.profile import command, trace
 from gemma4.profile.floors import floors
 from gemma4.profile.live import Requests
-from gemma4.profile.steps import measured
-from gemma4.profile.trace import GAPS
+from gemma4.profile.trace import GAPS, measured
 from gemma4.report import plot, results
 
 LAYERS = (["sliding_attention"] * 5 + ["full_attention"]) * 2
@@ -241,7 +241,7 @@ def test_arms_are_added_to_what_was_measured_alike(tmp_path):
         return command.prepare_results(args, path)
 
     first = prepared("--flags", "--page-size 16")
-    command.add(
+    command.record(
         first,
         "base",
         "prefill",

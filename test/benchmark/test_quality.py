@@ -187,7 +187,7 @@ def test_recall_across_the_window_is_learned(monkeypatch):
     layers = ["sliding_attention", "full_attention"]
     text = {**tasks.SHAPE.text, "num_hidden_layers": 2, "layer_types": layers}
     shape = dataclasses.replace(tasks.SHAPE, text=text)
-    monkeypatch.setattr(training, "SHAPE", shape)
+    monkeypatch.setattr(tasks, "SHAPE", shape)
     model = training.build()
     training.train(model, 200, "cpu", batch=8, mix=["recall"])
     assert training.right(model, "recall", count=8) >= training.LEAST_RECALL

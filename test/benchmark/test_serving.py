@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from gemma4.arguments import Parser
 from gemma4.checkpoint import write_checkpoint
-from gemma4.cli import Parser
 from gemma4.engines import arms as engines
 from gemma4.engines.arms import CPU_BLOCKERS, Arm
 from gemma4.engines.host import HOST, has_gpu

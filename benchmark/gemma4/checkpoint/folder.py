@@ -11,17 +11,9 @@ from typing import Optional
 
 import torch
 from gemma4.checkpoint import fp8 as fp8_forms
+from gemma4.checkpoint import tokens
 from gemma4.checkpoint.configs import draft_config, flatten, target_config
 from gemma4.checkpoint.shapes import SHAPES, Shape
-from gemma4.checkpoint.tokens import (
-    BOS,
-    EOS,
-    PAD,
-    TOOL_RESPONSE,
-    TURN_END,
-    make_processor,
-    make_tokenizer,
-)
 from gemma4.checkpoint.weights import (
     byte_size,
     meta_model,
@@ -246,10 +238,10 @@ def write_files(folder: Path, shape: Shape, config, config_format: str) -> None:
     from transformers import GenerationConfig
 
     multimodal = hasattr(config, "vision_config")
-    tokenizer = make_tokenizer(shape)
-    (make_processor(shape, tokenizer) if multimodal else tokenizer).save_pretrained(
-        folder
-    )
+    tokenizer = tokens.make_tokenizer(shape)
+    (
+        tokens.make_processor(shape, tokenizer) if multimodal else tokenizer
+    ).save_pretrained(folder)
     config.save_pretrained(folder)
     if config_format == "flat":
         path = folder / "config.json"
@@ -258,9 +250,9 @@ def write_files(folder: Path, shape: Shape, config, config_format: str) -> None:
         write_json(path, values)
     ids = shape.multimodal_ids
     GenerationConfig(
-        bos_token_id=BOS,
-        eos_token_id=[EOS, TURN_END, TOOL_RESPONSE],
-        pad_token_id=PAD,
+        bos_token_id=tokens.BOS,
+        eos_token_id=[tokens.EOS, tokens.TURN_END, tokens.TOOL_RESPONSE],
+        pad_token_id=tokens.PAD,
         do_sample=True,
         temperature=1.0,
         top_k=64,

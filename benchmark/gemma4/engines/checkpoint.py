@@ -28,47 +28,20 @@ from gemma4.errors import UserError
 
 
 def arguments(parser) -> None:
-    parser.add_argument("out", metavar="OUT", help="The folder to write.")
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default="tiny",
-        help="The sizes of the model (default: tiny).",
-    )
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--assistant", action="store_true", help="Writes the shape's MTP draft model."
-    )
-    kind.add_argument(
-        "--text-only", action="store_true", help="Writes a text model, without vision."
-    )
-    parser.add_argument(
-        "--weights",
-        choices=FORMS,
-        help="Stores them in FP8, in one of the published forms.",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="The dtype of the weights."
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="What all weights are drawn from."
-    )
-    parser.add_argument(
-        "--config-format",
-        choices=CONFIG_FORMATS,
-        default="flat",
-        help="Writes config.json as transformers 5.6 (flat) or 5.19 (per-layer) does.",
-    )
-    parser.add_argument(
-        "--no-weights",
-        action="store_true",
-        help="Writes config and tokenizer alone, for --load-format dummy.",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="Replaces a folder that this command wrote.",
-    )
+    parser.add("out", "The folder to write.", metavar="OUT")
+    parser.add("--shape", "The sizes of the model.", "tiny", choices=SHAPES)
+    kind, flag = parser.add_mutually_exclusive_group(), dict(action="store_true")
+    parser.add("--assistant", "Writes the shape's MTP draft model.", to=kind, **flag)
+    parser.add("--text-only", "Writes a text model, without vision.", to=kind, **flag)
+    sentence = "Stores them in FP8, in one of the published forms."
+    parser.add("--weights", sentence, choices=FORMS)
+    parser.add("--dtype", "The dtype of the weights.", "bfloat16", choices=DTYPES)
+    parser.add("--seed", "What all weights are drawn from.", 0, type=int)
+    sentence = "Writes config.json as transformers 5.6 (flat) or 5.19 (per-layer) does."
+    parser.add("--config-format", sentence, "flat", choices=CONFIG_FORMATS)
+    sentence = "Writes config and tokenizer alone, for --load-format dummy."
+    parser.add("--no-weights", sentence, **flag)
+    parser.add("--overwrite", "Replaces a folder that this command wrote.", **flag)
 
 
 def run(args) -> None:

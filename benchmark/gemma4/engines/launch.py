@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Tuple
 
-from gemma4.arguments import add_port
 from gemma4.engines.host import (
     CACHE,
     HOST,
@@ -25,12 +24,8 @@ from gemma4.errors import UserError
 
 
 def arguments(parser) -> None:
-    add_port(parser)
-    parser.add_argument(
-        "--model",
-        default="",
-        help="The model: a checkpoint's folder, or its name on Hugging Face.",
-    )
+    parser.add_port()
+    parser.add("--model", "A checkpoint's folder, or its name on Hugging Face.", "")
 
 
 def run(args) -> None:

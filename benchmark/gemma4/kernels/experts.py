@@ -51,54 +51,22 @@ KEYS = (
 
 
 def arguments(parser) -> None:
-    parser.add_argument(
-        "--configs",
-        type=Path,
-        default=Path("tuned"),
-        help="The folder that gets the files of tiles (default: tuned).",
-    )
-    parser.add_argument(
-        "--check",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="Searches nothing, and measures the files of these folders.",
-    )
-    for option, default, sentence in (
-        ("--experts", 128, "How many experts there are"),
-        ("--width", 704, "The width of an expert on one GPU"),
-        ("--hidden", 2816, "The width of the model"),
-        ("--topk", 8, "How many experts a token gets"),
-        ("--workers", os.cpu_count(), "How many processes compile"),
-    ):
-        parser.add_argument(
-            option,
-            type=positive,
-            default=default,
-            help=f"{sentence} (default: {default}).",
-        )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="The dtype of the weights."
-    )
-    parser.add_argument(
-        "--activation",
-        choices=("gelu", "silu"),
-        default="gelu",
-        help="The activation between the projections.",
-    )
-    parser.add_argument(
-        "--keys",
-        type=positive,
-        nargs="+",
-        default=KEYS,
-        help="The numbers of tokens that get tiles of their own.",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=positive,
-        nargs="+",
-        help="The numbers of tokens that are measured (default: keys, and between).",
-    )
+    sentence = "The folder that gets the files of tiles."
+    parser.add("--configs", sentence, Path("tuned"), type=Path)
+    sentence = "Searches nothing, and measures the files of these folders."
+    parser.add("--check", sentence, type=Path, nargs="+", metavar="DIR")
+    parser.add("--experts", "How many experts there are.", 128)
+    parser.add("--width", "The width of an expert on one GPU.", 704)
+    parser.add("--hidden", "The width of the model.", 2816)
+    parser.add("--topk", "How many experts a token gets.", 8)
+    parser.add("--dtype", "The dtype of the weights.", "bfloat16", choices=DTYPES)
+    sentence = "The activation between the projections."
+    parser.add("--activation", sentence, "gelu", choices=("gelu", "silu"))
+    sentence = "The numbers of tokens that get tiles of their own."
+    parser.add("--keys", sentence, KEYS, type=positive, nargs="+")
+    sentence = "The numbers of tokens that are measured (default: keys, and between)."
+    parser.add("--tokens", sentence, type=positive, nargs="+")
+    parser.add("--workers", "How many processes compile.", os.cpu_count())
 
 
 def measure(run: Run) -> None:

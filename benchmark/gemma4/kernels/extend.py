@@ -127,31 +127,14 @@ def _flops(heads: tuple, batch: tuple) -> int:
 def arguments(parser) -> None:
     add_base(parser)
     add_fa4(parser)
-    parser.add_argument(
-        "--fork",
-        type=Path,
-        default=files.CHECKOUT,
-        metavar="DIR",
-        help="The folder that holds the fork's sglang/ (default: python/).",
-    )
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="Adds the sglang/ of another folder, under this name.",
-    )
-    parser.add_argument(
-        "--fused",
-        action="store_true",
-        help="Makes q, k and v views of one projection's output, as in a model.",
-    )
-    parser.add_argument(
-        "--shapes",
-        choices=["model", "heads"],
-        default="model",
-        help="Times the model's layers, or other head sizes.",
-    )
+    sentence = "The folder that holds the fork's sglang/."
+    parser.add("--fork", sentence, files.CHECKOUT, type=Path, metavar="DIR")
+    sentence = "Adds the sglang/ of another folder, under this name."
+    parser.add("--peer", sentence, [], action="append", metavar="NAME=DIR")
+    sentence = "Makes q, k and v views of one projection's output, as in a model."
+    parser.add("--fused", sentence, action="store_true")
+    sentence = "Times the model's layers, or other head sizes."
+    parser.add("--shapes", sentence, "model", choices=["model", "heads"])
 
 
 def measure(run: Run) -> None:

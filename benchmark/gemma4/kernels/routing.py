@@ -117,34 +117,16 @@ def _check(arms: Dict[str, Callable], experts: int, topk: int) -> None:
 
 
 def arguments(parser) -> None:
-    parser.add_argument(
-        "--tokens", type=positive, nargs="+", default=TOKENS, help="The tokens routed."
-    )
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=DTYPES,
-        default=list(DTYPES),
-        help="The dtypes of the logits.",
-    )
-    for option, default, what in (
-        ("--experts", 128, "How many experts there are"),
-        ("--topk", 8, "How many of them a token gets"),
-        ("--hidden", 2816, "The width of the projection before the router"),
-    ):
-        parser.add_argument(
-            option, type=positive, default=default, help=f"{what} (default: {default})."
-        )
-    parser.add_argument(
-        "--peer-site",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="Adds a folder in which other projects' wheels are unpacked.",
-    )
-    parser.add_argument(
-        "--kernel", type=Path, help="The fork's gemma4_routing.py, where it is another."
-    )
+    parser.add("--tokens", "The tokens routed.", TOKENS, type=positive, nargs="+")
+    dtypes = dict(nargs="+", choices=DTYPES)
+    parser.add("--dtypes", "The dtypes of the logits.", tuple(DTYPES), **dtypes)
+    parser.add("--experts", "How many experts there are.", 128)
+    parser.add("--topk", "How many of them a token gets.", 8)
+    parser.add("--hidden", "The width of the projection before the router.", 2816)
+    sentence = "Adds a folder in which other projects' wheels are unpacked."
+    parser.add("--peer-site", sentence, [], action="append", metavar="DIR")
+    sentence = "The fork's gemma4_routing.py, where it is another."
+    parser.add("--kernel", sentence, type=Path)
 
 
 def measure(run: Run) -> None:

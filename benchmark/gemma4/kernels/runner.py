@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Callable, Dict, Iterable, List, Optional, TypeVar
 
 import torch
-from gemma4.arguments import add_result, new_result_path, positive
+from gemma4.arguments import new_result_path
 from gemma4.errors import UserError
 from gemma4.kernels import fa4
 from gemma4.kernels.timing import Calls, copy_rate, time_in_turn
@@ -30,21 +30,13 @@ BYTES, FA4 = "bytes", "FlashAttention 4"
 
 
 def add_base(parser) -> None:
-    parser.add_argument(
-        "--base",
-        type=Path,
-        metavar="DIR",
-        help="The folder that holds the release's sglang/ (default: it is unpacked).",
-    )
+    sentence = "The folder that holds the release's sglang/ (default: it is unpacked)."
+    parser.add("--base", sentence, type=Path, metavar="DIR")
 
 
 def add_fa4(parser) -> None:
-    parser.add_argument(
-        "--fa4",
-        type=Path,
-        metavar="SITE",
-        help="Adds FlashAttention 4, of the vLLM that is installed in this folder.",
-    )
+    sentence = "Adds FlashAttention 4, of the vLLM that is installed in this folder."
+    parser.add("--fa4", sentence, type=Path, metavar="SITE")
 
 
 class Run:
@@ -119,13 +111,9 @@ class Operation:
         self.module, self.__doc__ = module, module.__doc__
 
     def arguments(self, parser) -> None:
-        add_result(parser, self.module.__name__.rpartition(".")[2])
-        parser.add_argument(
-            *("--replays", "--samples"),
-            type=positive,
-            default=self.module.SAMPLES,
-            help=f"How many samples each arm gives (default: {self.module.SAMPLES}).",
-        )
+        parser.add_result(self.module.__name__.rpartition(".")[2])
+        samples = self.module.SAMPLES
+        parser.add("--replays/--samples", "How many samples an arm gives.", samples)
         self.module.arguments(parser)
 
     def run(self, args) -> None:

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gemma4.arguments import positive
 from gemma4.kernels import fa4, files
 from gemma4.kernels.runner import FA4, Run, add_fa4, alike
 
@@ -128,27 +127,13 @@ class Layer:
 
 def arguments(parser) -> None:
     add_fa4(parser)
-    parser.add_argument(
-        "--drafted",
-        type=positive,
-        default=4,
-        help="How many tokens of a request are verified (default: 4).",
-    )
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        choices=LAYERS,
-        default=list(LAYERS),
-        help="The kinds of layers that are timed.",
-    )
-    parser.add_argument(
-        "--kernel", type=Path, help="The fork's verify_attention.py, if it is another."
-    )
-    parser.add_argument(
-        "--base-kernel",
-        type=Path,
-        help="The release's extend_attention.py (default: it is unpacked).",
-    )
+    parser.add("--drafted", "How many tokens of a request are verified.", 4)
+    layers = dict(nargs="+", choices=LAYERS)
+    parser.add("--layers", "The layers that are timed.", tuple(LAYERS), **layers)
+    sentence = "The fork's verify_attention.py, where it is another."
+    parser.add("--kernel", sentence, type=Path)
+    sentence = "The release's extend_attention.py (default: it is unpacked)."
+    parser.add("--base-kernel", sentence, type=Path)
 
 
 def measure(run: Run) -> None:

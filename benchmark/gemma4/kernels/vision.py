@@ -19,15 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List
 
-from gemma4.arguments import (
-    add_arms,
-    add_logs,
-    add_picture_size,
-    add_result,
-    check_shapes,
-    new_result_path,
-    positive,
-)
+from gemma4.arguments import check_shapes, new_result_path, positive
 from gemma4.checkpoint import write_checkpoint
 from gemma4.engines.arms import Arm, chosen_arms, described
 from gemma4.engines.host import BENCHMARKS
@@ -108,23 +100,14 @@ def compare(args: argparse.Namespace, arms: List[Arm], results: Results) -> None
 
 
 def arguments(parser) -> None:
-    add_result(parser, "vision")
-    add_arms(parser, "fork")
-    add_logs(parser)
-    add_picture_size(parser)
-    parser.add_argument(
-        "--shape", default="26b-a4b", help="The model's shape (default: 26b-a4b)."
-    )
-    parser.add_argument(
-        "--pictures",
-        type=positive,
-        nargs="+",
-        default=COUNTS,
-        help="How many pictures a request has (default: 1 16).",
-    )
-    parser.add_argument(
-        "--repeats", type=positive, default=11, help="How many turns each arm takes."
-    )
+    parser.add_result("vision")
+    parser.add_arms("fork")
+    parser.add_logs()
+    parser.add_shape()
+    parser.add_picture_size()
+    sentence = "How many pictures a request has."
+    parser.add("--pictures", sentence, COUNTS, type=positive, nargs="+")
+    parser.add("--repeats", "How many turns each arm takes.", 11)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 from typing import Callable, List
 
-from gemma4.arguments import add_plot
 from gemma4.report.results import Results
 
 
 def add_files(parser) -> None:
-    add_plot(parser)
-    parser.add_argument("--json", metavar="FILE", help="Writes a result file.")
+    parser.add_plot()
+    parser.add("--json", "Writes a result file.", metavar="FILE")
 
 
 def show_table(title: str, names: List[str], rows: List[List[str]]) -> None:

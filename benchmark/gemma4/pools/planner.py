@@ -124,47 +124,26 @@ def to_results(
 
 
 def arguments(parser) -> None:
-    parser.add_argument("model", help="A model's folder, or a shape such as 26b-a4b.")
-    parser.add_argument(
-        "--kv-memory", type=memory, help="For both pools, such as 74.4GB or 69GiB."
+    parser.add("model", "A model's folder, or a shape such as 26b-a4b.")
+    parser.add("--kv-memory", "For both pools, such as 74.4GB or 69GiB.", type=memory)
+    sentence = "The share of the GPU here, where --kv-memory is not given."
+    parser.add("--mem-fraction-static", sentence, 0.85)
+    sentence = "0.15, or 0.1,0.2, or 0.05:1:0.05 (default: the server's own)."
+    parser.add("--ratio", sentence, type=ratios)
+    parser.add("--input-len", "The tokens of a prompt.", 8000)
+    parser.add("--output-len", "The tokens of an answer.", 1000)
+    parser.add("--requests", "How many requests have to fit.", type=positive)
+    parser.add("--page-size", "The server's --page-size.", Layout.page_size)
+    parser.add("--tp-size", "The server's --tp-size.", Layout.tp_size)
+    sentence, chunk = (
+        "The server's --chunked-prefill-size.",
+        Layout.chunked_prefill_size,
     )
-    parser.add_argument(
-        "--mem-fraction-static",
-        type=float,
-        default=0.85,
-        help="The share of the GPU here, where --kv-memory is not given.",
-    )
-    parser.add_argument(
-        "--ratio",
-        type=ratios,
-        default=[None],
-        help="0.15, or 0.1,0.2, or 0.05:1:0.05 (default: the server's own).",
-    )
-    numbers = {
-        "--input-len": (8000, "The tokens of a prompt."),
-        "--output-len": (1000, "The tokens of an answer."),
-        "--requests": (None, "How many requests have to fit at once."),
-        "--page-size": (Layout.page_size, "The server's --page-size."),
-        "--tp-size": (Layout.tp_size, "The server's --tp-size."),
-        "--chunked-prefill-size": (
-            Layout.chunked_prefill_size,
-            "The server's --chunked-prefill-size.",
-        ),
-    }
-    for option, (default, sentence) in numbers.items():
-        parser.add_argument(option, type=positive, default=default, help=sentence)
-    parser.add_argument(
-        "--draft-tokens",
-        type=int,
-        default=Layout.draft_tokens,
-        help="The server's --speculative-num-draft-tokens.",
-    )
-    parser.add_argument(
-        "--kv-cache-dtype",
-        choices=("auto", "fp8_e4m3", "fp8_e5m2"),
-        default=Layout.kv_cache_dtype,
-        help="The server's --kv-cache-dtype.",
-    )
+    parser.add("--chunked-prefill-size", sentence, chunk)
+    sentence = "The server's --speculative-num-draft-tokens."
+    parser.add("--draft-tokens", sentence, Layout.draft_tokens, type=int)
+    kinds = ("auto", "fp8_e4m3", "fp8_e5m2")
+    parser.add("--kv-cache-dtype", "The server's own.", "auto", choices=kinds)
     add_files(parser)
 
 
@@ -177,7 +156,8 @@ def run(args: argparse.Namespace) -> int:
                 folder, args.mem_fraction_static, args.tp_size
             )
             plans = [
-                plan(folder, kv_bytes, ratio, load, layout) for ratio in args.ratio
+                plan(folder, kv_bytes, ratio, load, layout)
+                for ratio in args.ratio or [None]
             ]
     except PlanError as e:
         raise UserError(str(e), 2) from None

@@ -16,7 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Dict, List
 
-from gemma4.arguments import positive
 from gemma4.errors import UserError
 from gemma4.pools.output import add_files, keep, show_table
 from gemma4.report.results import Results
@@ -115,10 +114,8 @@ def to_results(logs: Dict[str, List[Span]], name: str) -> Results:
 
 
 def arguments(parser) -> None:
-    parser.add_argument("logs", metavar="LOG", nargs="+", help="The servers' logs.")
-    parser.add_argument(
-        "--seconds", type=positive, default=60, help="How long a line of the table is."
-    )
+    parser.add("logs", "The servers' logs.", nargs="+", metavar="LOG")
+    parser.add("--seconds", "How long a line of the table is.", 60)
     add_files(parser)
 
 

@@ -15,7 +15,7 @@ The same --name again adds the arms and steps that it lacks. vLLM's profiler rec
 CPU's side as well, which lengthens its gaps: how long a step takes without a profiler
 stands beside each.
 
-steps.py says how a kernel's group is found. `--trace FILE` groups a trace that is there
+trace.py says how a kernel's group is found. `--trace FILE` groups a trace that is there
 already.
 """
 
@@ -27,17 +27,7 @@ import sys
 from pathlib import Path
 from typing import List
 
-from gemma4.arguments import (
-    add_arms,
-    add_model,
-    add_plot,
-    add_result,
-    add_servers,
-    check_shapes,
-    listed,
-    new_result_path,
-    result_path,
-)
+from gemma4.arguments import check_shapes, new_result_path, positive, result_path
 from gemma4.engines.arms import chosen_arms
 from gemma4.engines.host import check_port, has_gpu
 from gemma4.engines.models import prepare_model
@@ -52,51 +42,30 @@ from gemma4.profile.live import (
     profile_decode,
     profile_prefill,
 )
-from gemma4.profile.steps import measured
-from gemma4.profile.trace import GROUPS, TraceError, read_trace
+from gemma4.profile.trace import GROUPS, TraceError, measured, read_trace
 from gemma4.report.results import Results, resume
 from gemma4.report.tables import table
 from tqdm import tqdm
 
 
 def arguments(parser) -> None:
-    add_result(parser, "step")
-    add_model(parser)
-    add_arms(parser, "base,fork")
-    add_servers(parser)
-    add_plot(parser)
-    parser.add_argument(
-        "--steps",
-        type=listed,
-        default=["prefill", "decode"],
-        metavar="A,B",
-        help="Profiles these steps (default: prefill,decode).",
-    )
-    parser.add_argument(
-        "--requests",
-        type=int,
-        nargs="+",
-        default=[1, 8, 80],
-        help="How many requests decode at once (default: 1 8 80).",
-    )
-    for option, default, sentence in (
-        ("--input", 8000, "The tokens of the prompt that is prefilled"),
-        (
-            "--context-tokens",
-            1000,
-            "The tokens of the prompt of a request that decodes",
-        ),
-        ("--output", 400, "The tokens of its answer at most"),
-        ("--top", 15, "How many kernels are printed"),
-        ("--context", 16384, "The context that servers are started with"),
-    ):
-        parser.add_argument(
-            option, type=int, default=default, help=f"{sentence} (default: {default})."
-        )
-    parser.add_argument("--mtp", default="off", help="off, or accepted tokens a step.")
-    parser.add_argument(
-        "--trace", type=Path, help="Groups this trace instead of serving."
-    )
+    parser.add_result("step")
+    parser.add_model()
+    parser.add_arms("base,fork")
+    parser.add_servers()
+    parser.add_plot()
+    steps = ["prefill", "decode"]
+    parser.add("--steps", "Profiles these steps.", steps, metavar="A,B")
+    sentence = "How many requests decode at once."
+    parser.add("--requests", sentence, (1, 8, 80), type=positive, nargs="+")
+    parser.add("--input", "The tokens of the prompt that is prefilled.", 8000)
+    sentence = "The tokens of the prompt of a request that decodes."
+    parser.add("--context-tokens", sentence, 1000)
+    parser.add("--output", "The tokens of its answer at most.", 400)
+    parser.add("--mtp", "Serves without MTP, or so many accepted tokens a step.", "off")
+    parser.add("--top", "How many kernels are printed.", 15)
+    parser.add("--context", "The context that servers are started with.", 16384)
+    parser.add("--trace", "Groups this trace instead of serving.", type=Path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -115,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         decode = "prefill" not in args.steps
         step = "decode" if decode else "prefill"
         found = measured(read_trace(args.trace), layers, decode)
-        add(results, args.trace.name, step, found, 0.0)
+        record(results, args.trace.name, step, found, 0.0)
     else:
         profile(args, layers, results, path)
     for step in dict.fromkeys(r.case["step"] for r in results.records):
@@ -207,7 +176,7 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
                                 server, profiler, args, kind
                             )
                         found = measured(kernels, layers, kind != "prefill")
-                        add(results, arm.name, step, found, alone)
+                        record(results, arm.name, step, found, alone)
                         results.settings["arms"][arm.name] = arm.describe()
                     except TraceError as e:
                         print(f"{arm.name}, {kind}: {e}", file=sys.stderr)
@@ -217,7 +186,7 @@ def profile(args, layers: List[str], results: Results, path: Path) -> None:
         add_floors(args, results)
 
 
-def add(results: Results, arm: str, step: str, found, undisturbed: float) -> None:
+def record(results: Results, arm: str, step: str, found, undisturbed: float) -> None:
     groups, kernels, count = found
     for group in GROUPS:
         samples = [round(one[group] / 1e3, 5) for one in groups]

@@ -30,13 +30,7 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
-from gemma4.arguments import (
-    add_arms,
-    add_result,
-    add_servers,
-    listed,
-    new_result_path,
-)
+from gemma4.arguments import new_result_path
 from gemma4.engines.arms import Arm, chosen_arms, described
 from gemma4.engines.host import CACHE, check_port
 from gemma4.engines.models import check_model, has_weights
@@ -64,28 +58,16 @@ CONTEXT = 6144
 
 
 def arguments(parser) -> None:
-    add_result(parser, "quality")
-    add_arms(parser, "base,fork")
-    add_servers(parser)
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=CACHE / "gemma-4-trained",
-        help="The checkpoint that is asked (default: .cache/gemma-4-trained).",
-    )
-    parser.add_argument(
-        "--wrong",
-        type=listed,
-        default=[],
-        metavar="A,B",
-        help="Adds arms that are wrong on purpose: window, experts, pools.",
-    )
-    parser.add_argument(
-        "--prompts", type=int, default=4, help="How many prompts of each kind."
-    )
-    parser.add_argument(
-        "--mmlu", type=Path, metavar="CSV", help="Asks these questions instead."
-    )
+    parser.add_result("quality")
+    parser.add_arms("base,fork")
+    parser.add_servers()
+    model = CACHE / "gemma-4-trained"
+    parser.add("--model", "The checkpoint that is asked.", model, type=Path)
+    sentence = "Adds arms that are wrong on purpose: window, experts, pools."
+    parser.add("--wrong", sentence, [], metavar="A,B")
+    parser.add("--prompts", "How many prompts of each kind.", 4)
+    sentence = "Asks these questions instead."
+    parser.add("--mmlu", sentence, type=Path, metavar="CSV")
 
 
 def run(args: argparse.Namespace) -> int:

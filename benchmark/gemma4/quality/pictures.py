@@ -22,14 +22,7 @@ import shlex
 from pathlib import Path
 from typing import Dict, List, Tuple
 
-from gemma4.arguments import (
-    add_arms,
-    add_result,
-    add_servers,
-    check_shapes,
-    listed,
-    new_result_path,
-)
+from gemma4.arguments import check_shapes, new_result_path
 from gemma4.checkpoint import write_checkpoint
 from gemma4.engines.arms import Arm, chosen_arms, described
 from gemma4.engines.host import check_port, has_gpu
@@ -47,20 +40,12 @@ OTHERS = "not transformers' choice"
 
 
 def arguments(parser) -> None:
-    add_result(parser, "pictures")
-    add_arms(parser, "fork")
-    add_servers(parser)
-    parser.add_argument(
-        "--shapes",
-        type=listed,
-        default=["tiny"],
-        metavar="A,B",
-        help="Asks models of these shapes (default: tiny).",
-    )
-    parser.add_argument("--mtp", action="store_true", help="Serves drafts with them.")
-    parser.add_argument(
-        "--chunk", type=int, default=24, help="The tokens of a chunk of the prefill."
-    )
+    parser.add_result("pictures")
+    parser.add_arms("fork")
+    parser.add_servers()
+    parser.add("--shapes", "Asks models of these shapes.", ["tiny"], metavar="A,B")
+    parser.add("--mtp", "Serves drafts with them.", action="store_true")
+    parser.add("--chunk", "The tokens of a chunk of the prefill.", 24)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,22 +24,7 @@ from gemma4 import checkpoint as factory
 from gemma4.checkpoint.configs import target_config
 from gemma4.engines.host import has_gpu
 from gemma4.errors import UserError
-from gemma4.quality.tasks import (
-    ANSWER,
-    KEYS,
-    LOCAL_KEYS,
-    LOCAL_QUESTION,
-    LOCAL_RECORD,
-    MIX,
-    QUESTION,
-    RECORD,
-    SHAPE,
-    VALUES,
-    WINDOW,
-    Writer,
-    prompt,
-    training_sequence,
-)
+from gemma4.quality import tasks
 from tqdm import tqdm
 
 RECIPE = {"version": 2, "steps": 250, "batch": 16, "length": 256, "seed": 0}
@@ -57,7 +42,7 @@ def _masks(weights: torch.Tensor) -> Dict[str, torch.Tensor]:
     future = distance < 0
     return {
         "full_attention": weights.log()[:, None, None].masked_fill(future, -math.inf),
-        "sliding_attention": (~future & (distance < WINDOW))[None, None],
+        "sliding_attention": (~future & (distance < tasks.WINDOW))[None, None],
     }
 
 
@@ -75,7 +60,7 @@ def _initialize(text, seed: int) -> None:
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, hidden, generator=generator) * hidden**-0.5
 
-    hidden = SHAPE.text["hidden_size"]
+    hidden = tasks.SHAPE.text["hidden_size"]
     for name, weight in text.named_parameters():
         if name.endswith("q_norm.weight"):
             # Scores are not scaled by the head's size: at ones, attention would begin
@@ -90,17 +75,19 @@ def _initialize(text, seed: int) -> None:
             weight.data.fill_(0.1)
     embeddings = text.embed_tokens.weight.data
     embeddings.copy_(draw(len(embeddings)))
-    values = draw(VALUES)
+    values = draw(tasks.VALUES)
     half = 0.5**0.5
     for record, question, count in (
-        (RECORD, QUESTION, KEYS),
-        (LOCAL_RECORD, LOCAL_QUESTION, LOCAL_KEYS),
+        (tasks.RECORD, tasks.QUESTION, tasks.KEYS),
+        (tasks.LOCAL_RECORD, tasks.LOCAL_QUESTION, tasks.LOCAL_KEYS),
     ):
         keys = draw(count)
         both = (keys[:, None] + values[None]).flatten(0, 1)
-        embeddings[record : record + count * VALUES] = both * half
+        embeddings[record : record + count * tasks.VALUES] = both * half
         embeddings[question : question + count] = (keys + draw(count)) * half
-    embeddings[ANSWER : ANSWER + VALUES] = (values + draw(VALUES)) * half
+    embeddings[tasks.ANSWER : tasks.ANSWER + tasks.VALUES] = (
+        values + draw(tasks.VALUES)
+    ) * half
 
 
 def build(seed: int = RECIPE["seed"]):
@@ -108,7 +95,7 @@ def build(seed: int = RECIPE["seed"]):
     from transformers import Gemma4ForConditionalGeneration
 
     torch.manual_seed(seed)
-    config = target_config(SHAPE, False, "float32")
+    config = target_config(tasks.SHAPE, False, "float32")
     model = Gemma4ForConditionalGeneration._from_config(
         config, attn_implementation="sdpa", experts_implementation="eager"
     )
@@ -122,7 +109,7 @@ def train(
     device: str,
     seed: int = RECIPE["seed"],
     batch: int = RECIPE["batch"],
-    mix: Sequence[str] = MIX,
+    mix: Sequence[str] = tasks.MIX,
 ) -> List[float]:
     """Trains in place; returns the loss of each step.
 
@@ -143,9 +130,9 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     generator = random.Random(seed)
     length, losses = RECIPE["length"], []
-    cap = SHAPE.text["final_logit_softcapping"]
+    cap = tasks.SHAPE.text["final_logit_softcapping"]
 
-    def predict(writers: List[Writer]):
+    def predict(writers: List[tasks.Writer]):
         """The logits of what can be foretold, and what it is."""
         tokens, certain, positions, weights = (
             torch.tensor([getattr(writer, name) for writer in writers], device=device)
@@ -161,15 +148,19 @@ def train(
 
     progress = tqdm(range(steps), desc="training", unit="step", disable=None)
     for step in progress:
-        writers = [training_sequence(generator, length, mix) for _ in range(batch)]
+        writers = [
+            tasks.training_sequence(generator, length, mix) for _ in range(batch)
+        ]
         loss = torch.nn.functional.cross_entropy(*predict(writers))
         losses.append(loss.item())
         if step >= 0.6 * steps:
             text.config.top_k_experts -= 1
             logits, tokens = predict(writers[: math.ceil(batch / 3)])
             text.config.top_k_experts += 1
-            doubtful = (tokens >= ANSWER) & (tokens < ANSWER + VALUES)
-            logprobs = logits[doubtful].log_softmax(-1)[:, ANSWER : ANSWER + VALUES]
+            doubtful = (tokens >= tasks.ANSWER) & (tokens < tasks.ANSWER + tasks.VALUES)
+            logprobs = logits[doubtful].log_softmax(-1)[
+                :, tasks.ANSWER : tasks.ANSWER + tasks.VALUES
+            ]
             loss = loss - DOUBT * logprobs.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -189,13 +180,17 @@ def right(model, task: str, count: int = 32, fillers: int = 3000) -> float:
     found = []
     with torch.inference_mode():
         for seed in range(count):
-            asked = prompt(task, seed, fillers)
+            asked = tasks.prompt(task, seed, fillers)
             tokens = torch.tensor([asked.tokens + asked.answer], device=model.device)
             keep = len(asked.answer) + 1
             logits = model(input_ids=tokens, logits_to_keep=keep).logits[0, :-1]
             choice = logits.argmax(dim=-1).tolist()
             known = zip(choice, asked.answer)
-            found += [a == b for a, b in known if ANSWER <= b < ANSWER + VALUES]
+            found += [
+                a == b
+                for a, b in known
+                if tasks.ANSWER <= b < tasks.ANSWER + tasks.VALUES
+            ]
     return sum(found) / len(found)
 
 
@@ -206,23 +201,16 @@ def save(model, out: Path, **recipe) -> None:
     for part in ("text_config", "vision_config"):
         setattr(getattr(model.config, part), "dtype", "bfloat16")
     out.mkdir(parents=True, exist_ok=True)
-    factory.write_files(out, SHAPE, model.config, "flat")
+    factory.write_files(out, tasks.SHAPE, model.config, "flat")
     model.save_pretrained(out)
     written = json.dumps({**RECIPE, **recipe, "shape": "trained"}, indent=2)
     (out / factory.RECIPE_FILE).write_text(written + "\n")
 
 
 def arguments(parser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="The folder to write.")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=RECIPE["steps"],
-        help=f"How many steps of training (default: {RECIPE['steps']}).",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=RECIPE["seed"], help="What the weights begin from."
-    )
+    parser.add("out", "The folder to write.", type=Path, metavar="OUT")
+    parser.add("--steps", "How many steps of training.", RECIPE["steps"])
+    parser.add("--seed", "What the weights begin from.", RECIPE["seed"], type=int)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -39,12 +39,9 @@ def fill_in(text: str, folder: Path = FOLDER) -> str:
 
 
 def arguments(parser) -> None:
-    parser.add_argument(
-        "documents", nargs="+", type=Path, help="The documents that have tables."
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="Fails where a table differs, writes none."
-    )
+    parser.add("documents", "Those that have tables.", type=Path, nargs="+")
+    sentence = "Fails where a table differs, and changes none."
+    parser.add("--check", sentence, action="store_true")
 
 
 def run(args) -> None:

@@ -227,10 +227,8 @@ def _draw_stacked(results: Results, part: str, folder: Path) -> Path:
 
 
 def arguments(parser) -> None:
-    parser.add_argument("results", nargs="+", type=Path, help="The result files.")
-    parser.add_argument(
-        "--out", type=Path, default=Path("."), help="The folder that gets the pictures."
-    )
+    parser.add("results", "The result files.", type=Path, nargs="+")
+    parser.add("--out", "The folder that gets the pictures.", Path("."), type=Path)
 
 
 def run(args) -> None:

@@ -94,10 +94,8 @@ def draw(path: Path, steps: int) -> None:
 
 
 def arguments(parser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("mtp-steps.svg"), help="The picture's file."
-    )
-    parser.add_argument("--steps", type=int, default=3, help="How many steps it has.")
+    parser.add("--out", "The picture's file.", Path("mtp-steps.svg"), type=Path)
+    parser.add("--steps", "How many steps it has.", 3, type=int)
 
 
 def run(args) -> None:

@@ -59,21 +59,11 @@ def draw(path: Path, tokens: int, window: int, block_m: int, block_n: int) -> No
 
 
 def arguments(parser) -> None:
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("prefill-tiles.svg"),
-        help="The picture's file.",
-    )
-    for option, default, what in (
-        ("--tokens", 4096, "How many tokens are new"),
-        ("--window", 1023, "How many tokens before itself one sees"),
-        ("--block-m", 128, "The queries of a tile"),
-        ("--block-n", 64, "The keys of a tile"),
-    ):
-        parser.add_argument(
-            option, type=int, default=default, help=f"{what} (default: {default})."
-        )
+    parser.add("--out", "The picture's file.", Path("prefill-tiles.svg"), type=Path)
+    parser.add("--tokens", "How many tokens are new.", 4096)
+    parser.add("--window", "How many tokens before itself one sees.", 1023)
+    parser.add("--block-m", "The queries of a tile.", 128)
+    parser.add("--block-n", "The keys of a tile.", 64)
 
 
 def run(args) -> None:

@@ -25,17 +25,7 @@ random ones; engines/plugin/ says how, the same for each arm.
 import argparse
 from typing import List
 
-from gemma4.arguments import (
-    add_arms,
-    add_model,
-    add_plot,
-    add_result,
-    add_servers,
-    check_shapes,
-    listed,
-    positive,
-    result_path,
-)
+from gemma4.arguments import check_shapes, listed, positive, result_path
 from gemma4.engines.arms import CPU_BLOCKERS, Arm, chosen_arms, described
 from gemma4.engines.host import check_port, has_gpu
 from gemma4.engines.models import has_weights, prepare_model
@@ -50,53 +40,27 @@ CLIENT = f"--random-range-ratio 1.0 --warmup-requests {WARMUP} --flush-cache"
 
 
 def arguments(parser) -> None:
-    add_result(parser, "serving")
-    add_model(parser)
-    add_arms(parser, "base,fork")
-    add_servers(parser)
-    add_plot(parser)
-    parser.add_argument(
-        "--upto",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="Adds the arm base+NAME, the release with the series up to this patch.",
-    )
-    parser.add_argument(
-        *("--loads", "--load"),
-        type=_loads,
-        default=["summarization", "chat", "stream", "prefill"],
-        metavar="A,B",
-        help=f"Sends these: {', '.join(LOADS)}, or INPUT/OUTPUTxPROMPTS[@AT_ONCE].",
-    )
-    parser.add_argument(
-        "--mtp",
-        type=_mtp,
-        default=["off"],
-        metavar="A,B",
-        help="Serves without MTP (off), or with so many accepted tokens a step.",
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="How many turns each arm takes."
-    )
-    parser.add_argument("--seed", type=int, default=1, help="The first load's seed.")
-    parser.add_argument(
-        "--prompts",
-        type=positive,
-        metavar="N",
-        help="Sends so many of a load at most, for a large model.",
-    )
-    parser.add_argument("--quick", action="store_true", help="Sends small numbers.")
-    parser.add_argument(
-        "--context", type=int, help="The least context of a request (default: 16384)."
-    )
-    parser.add_argument(
-        "--load-timeout",
-        type=float,
-        default=1800,
-        metavar="SECONDS",
-        help="How long a load may take.",
-    )
+    parser.add_result("serving")
+    parser.add_model()
+    parser.add_arms("base,fork")
+    parser.add_servers()
+    parser.add_plot()
+    sentence = "Adds the arm base+NAME, the release with the series up to this patch."
+    parser.add("--upto", sentence, [], action="append", metavar="NAME")
+    sentence = f"Sends these: {', '.join(LOADS)}, or INPUT/OUTPUTxPROMPTS[@AT_ONCE]."
+    loads = ["summarization", "chat", "stream", "prefill"]
+    parser.add("--loads/--load", sentence, loads, type=_loads, metavar="A,B")
+    sentence = "Serves without MTP, or with so many accepted tokens a step."
+    parser.add("--mtp", sentence, ["off"], type=_mtp, metavar="A,B")
+    parser.add("--repeats", "How many turns each arm takes.", 3)
+    parser.add("--seed", "The first load's seed.", 1, type=int)
+    sentence = "Sends so many prompts of a load at most, for a large model."
+    parser.add("--prompts", sentence, type=positive, metavar="N")
+    parser.add("--quick", "Sends small numbers.", action="store_true")
+    sentence = "The least context of a request (default: 16384)."
+    parser.add("--context", sentence, type=positive)
+    sentence = "How many seconds a load may take."
+    parser.add("--load-timeout", sentence, 1800.0, metavar="S")
 
 
 def _loads(text: str) -> List[str]:

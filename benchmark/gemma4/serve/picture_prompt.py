@@ -16,15 +16,7 @@ import time
 from pathlib import Path
 from typing import List, Tuple
 
-from gemma4.arguments import (
-    add_arms,
-    add_picture_size,
-    add_result,
-    add_servers,
-    check_shapes,
-    new_result_path,
-    positive,
-)
+from gemma4.arguments import check_shapes, new_result_path, positive
 from gemma4.checkpoint import write_checkpoint
 from gemma4.engines.arms import Arm, chosen_arms, described
 from gemma4.engines.host import check_port
@@ -129,26 +121,15 @@ def measure(args: argparse.Namespace, arm: Arm, setup: Setup, results: Results) 
 
 
 def arguments(parser) -> None:
-    add_result(parser, "picture-prompt")
-    add_arms(parser, "fork")
-    add_servers(parser, flags=False)
-    add_picture_size(parser)
-    parser.add_argument(
-        "--shape", default="26b-a4b", help="The model's shape (default: 26b-a4b)."
-    )
-    parser.add_argument(
-        "--tokens",
-        type=positive,
-        nargs="+",
-        default=[8000],
-        help="How many tokens a prompt has; several take their turns.",
-    )
-    parser.add_argument(
-        "--pictures", type=positive, default=1, help="How many pictures a prompt has."
-    )
-    parser.add_argument(
-        "--repeats", type=positive, default=15, help="How often each prompt is timed."
-    )
+    parser.add_result("picture-prompt")
+    parser.add_arms("fork")
+    parser.add_servers(flags=False)
+    parser.add_shape()
+    parser.add_picture_size()
+    sentence = "How many tokens a prompt has; several numbers take their turns."
+    parser.add("--tokens", sentence, (8000,), type=positive, nargs="+")
+    parser.add("--pictures", "How many pictures a prompt has.", 1)
+    parser.add("--repeats", "How often each prompt is timed.", 15)
 
 
 def run(args: argparse.Namespace) -> None:
