@@ -13,11 +13,17 @@ def test_upstream_takes_the_series_with_its_tests(repository, tmp_path):
     script = repository.root / "benchmark.sh"
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
+    factory = repository.root / "factory"
+    (factory / "parts").mkdir(parents=True)
+    for name in ("one.py", "parts/two.py", "parts/notes.txt"):
+        (factory / name).write_text("")
     repository.commit("srt/new.py", "1\n", "[Gemma4] Add new\n\nWhy.")
     repository.git("mv", "srt/crlf.py", "srt/moved.py")
     signed = "Signed-off-by: Someone <s@e.com>"
     repository.commit("srt/new.py", "2\n", f"Change new\n\nWhy.\n\n{signed}")
-    repository.describe(add_new="benchmark.sh", change_new=f'{TEST}", "benchmark.sh')
+    repository.describe(
+        add_new='benchmark.sh", "factory', change_new=f'{TEST}", "benchmark.sh'
+    )
     repository.fork("export")
 
     names = repository.fork("upstream").splitlines()
@@ -48,6 +54,8 @@ def test_upstream_takes_the_series_with_its_tests(repository, tmp_path):
     # What two patches name comes with the first.
     assert (plain / "benchmark.sh").stat().st_mode & 0o100
     assert not (plain / TEST).exists()
+    # A folder stands for the Python files in it.
+    assert repository.contents(plain / "factory").keys() == {"one.py", "parts/two.py"}
     repository.git("am", "--quiet", second, cwd=plain)
     assert (plain / TEST).read_bytes() == b"def test(): pass\r\n"
     upstream = repository.contents(plain / "python/sglang")

@@ -123,12 +123,13 @@ def test_a_commit_dropped_and_not_exported(repository):
         ("test/srt/missing.py", "no such file"),
         ("../outside.py", "no such file"),
         ("/etc/hosts", "no such file"),
-        ("test/srt", "no such file"),
+        ("test/empty", "no such file"),
         ("python/sglang/srt/model.py", "in the patch itself"),
     ],
 )
 def test_a_test_that_cannot_be(repository, test, reason):
     (repository.root.parent / "outside.py").write_text("")
+    (repository.root / "test/empty/__pycache__").mkdir(parents=True)
     settings = repository.patches / "series.toml"
     settings.write_text(settings.read_text().replace("test/srt/test_one.py", test))
     refusal = repository.refusal("verify")
