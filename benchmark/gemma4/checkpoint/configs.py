@@ -85,7 +85,7 @@ def draft_config(shape: Shape, dtype: str):
 
 
 def flatten(config: dict, shape: Shape) -> None:
-    """Write what is told per layer as transformers 5.6 and the released folders do."""
+    """Writes what is said per layer as transformers 5.6 and the released folders do."""
     text = config.get("text_config", config)
     text.pop("per_layer_config", None)  # absent where all layers are alike
     text["global_head_dim"] = shape.text["global_head_dim"]

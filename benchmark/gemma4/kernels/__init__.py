@@ -3,6 +3,7 @@
 runner    times the arms of each case in turn, and writes the result
 timing    CUDA graphs and events
 files     kernels that are read from their files alone
+inputs    random tensors for the attention of layers
 fa4       FlashAttention 4, an arm of the attention kernels
 routing, decode (norms, attention), verify, extend
           an operation each: its cases, arms, oracle and bytes

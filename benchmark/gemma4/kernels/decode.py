@@ -24,10 +24,10 @@ from typing import Callable, List
 
 import torch
 from gemma4.kernels import fa4, files
+from gemma4.kernels.inputs import MODEL, bounds, normal, shuffled
 from gemma4.kernels.norms import (
     HEADS,
     HIDDEN,
-    LAYERS,
     QKV,
     TOKENS,
     PreFeedforward,
@@ -36,7 +36,7 @@ from gemma4.kernels.norms import (
 from gemma4.kernels.runner import FA4, Run, add_base, add_fa4, agree
 
 TITLE, SAMPLES = "A decode step's kernels", 15
-WINDOW = 1023
+WINDOW = MODEL["sliding"].window
 REQUESTS = (1, 2, 4, 8, 16, 32, 80)
 LENGTHS = (100, 1500, 8500)
 OPS = "sglang/kernels/ops/layernorm/gemma4_fused_ops.py"
@@ -47,25 +47,19 @@ class Attention:
     """Decode attention of one layer: what its backend launches."""
 
     def __init__(self, layer: str, slots: int):
-        self.D, self.kv_heads = LAYERS[layer]
-        self.window = WINDOW if layer == "sliding" else None
-        shape = (slots, self.kv_heads, self.D)
-        self.k, self.v = (
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)
-        )
-        self.slots = torch.randperm(slots, device="cuda")
+        _, self.kv_heads, self.D, _, self.window = MODEL[layer]
+        self.k, self.v = (normal(slots, self.kv_heads, self.D) for _ in range(2))
+        self.slots = shuffled(slots)
 
     def batch(self, requests: int, length: int) -> None:
         self.requests, self.length = requests, length
         # A token attends to itself and to the window before it.
-        self.seen = min(length, self.window + 1) if self.window else length
+        self.seen = min(length, self.window + 1) if self.window > 0 else length
         rows = requests * self.seen
         sets = max(1, min(8, len(self.slots) // rows))
         self.indices = [self.slots[i * rows : (i + 1) * rows] for i in range(sets)]
-        ends = torch.arange(requests + 1, device="cuda") * self.seen
-        self.indptr = ends.to(torch.int32)
-        shape = (requests, HEADS, self.D)
-        self.q = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * self.D**-0.5
+        self.indptr = bounds([self.seen] * requests)
+        self.q = normal(requests, HEADS, self.D) * self.D**-0.5
         self.out = torch.empty_like(self.q)
 
     def splits(self, most: int) -> torch.Tensor:
@@ -76,7 +70,7 @@ class Attention:
         found = torch.empty(self.requests, dtype=torch.int32, device="cuda")
         cores = torch.cuda.get_device_properties(0).multi_processor_count
         get_num_kv_splits_triton[(1,)](
-            *(found, lengths, self.requests, 1, HEADS, LAYERS["full"][1], most, cores),
+            *(found, lengths, self.requests, 1, HEADS, MODEL["full"].kv, most, cores),
             MAX_NUM_SEQ=256,
         )
         return found
@@ -105,8 +99,8 @@ class Attention:
             rows = indices.split(self.seen)
             keys, values = ([x[row] for row in rows] for x in (self.k, self.v))
             paged = fa4.Paged(keys, values)
-            new, window = [1] * self.requests, self.window or -1
-            calls.append(paged.call(function, q, new, window, self.out))
+            new = [1] * self.requests
+            calls.append(paged.call(function, q, new, self.window, self.out))
         return calls
 
     def check(self, name: str, calls: List[Callable[[], object]]) -> None:
@@ -135,7 +129,7 @@ def most_splits(requests: int) -> int:
         scale_kv_splits=True,
         max_kv_splits=8,
         num_head=HEADS,
-        num_kv_head=LAYERS["full"][1],
+        num_kv_head=MODEL["full"].kv,
         device_core_count=torch.cuda.get_device_properties(0).multi_processor_count,
     )
     return TritonAttnBackend.get_max_kv_splits(backend, requests)
@@ -157,7 +151,7 @@ def measure(run: Run) -> None:
     run.set(hidden=HIDDEN, heads=HEADS, window=WINDOW)
     _time_norms(run, base_norms, fork_qkv, fork_norms)
     _time_behind_a_projection(run, base_norms, fork_qkv)
-    for layer in LAYERS:
+    for layer in MODEL:
         _time_attention(run, layer, base_decode, fork_decode)
 
 
@@ -165,7 +159,7 @@ def _time_norms(run: Run, base, fork_qkv, fork_norms) -> None:
     for tokens in run.cases(TOKENS, "norms"):
         launches = 30 if tokens <= 1024 else 6
         kernels = {"pre-feedforward norms": PreFeedforward(fork_norms, tokens)}
-        for layer in LAYERS:
+        for layer in MODEL:
             kernels[f"q/k/v, {layer}"] = QKV(base, fork_qkv, layer, tokens)
             kernels[f"q/k/v and store, {layer}"] = QKVAndStore(
                 base, fork_qkv, layer, tokens
@@ -177,14 +171,11 @@ def _time_norms(run: Run, base, fork_qkv, fork_norms) -> None:
 
 
 def _time_behind_a_projection(run: Run, base, fork_qkv) -> None:
-    cases = [(tokens, layer) for tokens in (1, 8, 80, 320) for layer in LAYERS]
+    cases = [(tokens, layer) for tokens in (1, 8, 80, 320) for layer in MODEL]
     for tokens, layer in run.cases(cases, "behind a projection"):
         kernel = QKV(base, fork_qkv, layer, tokens)
-        hidden = torch.randn((tokens, HIDDEN), device="cuda").bfloat16()
-        matrices = [
-            torch.randn((HIDDEN, sum(kernel.sizes)), device="cuda").bfloat16()
-            for _ in range(3)
-        ]
+        hidden = normal(tokens, HIDDEN)
+        matrices = [normal(HIDDEN, sum(kernel.sizes)) for _ in range(3)]
 
         def behind(call, matrix):
             torch.mm(hidden, matrix, out=kernel.qkv)

@@ -19,6 +19,7 @@ from typing import Callable
 import torch
 from gemma4.errors import UserError
 from gemma4.kernels import fa4, files
+from gemma4.kernels.inputs import MODEL, Heads, bounds, normal, shuffled
 from gemma4.kernels.runner import FA4, Run, add_base, add_fa4, alike
 from gemma4.kernels.timing import time_long_in_turn
 
@@ -26,16 +27,14 @@ TITLE, SAMPLES = "Extend attention", 7
 FILE = "sglang/kernels/ops/attention/extend_attention.py"
 TARGET_MS = 20  # a sample repeats its call until it takes this long
 
-# Name: query heads, KV heads, head size, value head size, window (-1: none)
-MODEL = {"sliding": (16, 8, 256, 256, 1023), "full": (16, 2, 512, 512, -1)}
 HEADS = {
-    "64": (16, 4, 64, 64, -1),
-    "96": (16, 4, 96, 96, -1),
-    "128": (32, 2, 128, 128, -1),
-    "128, window 1023": (16, 8, 128, 128, 1023),
-    "192 / 128": (16, 16, 192, 128, -1),
-    "256": (16, 4, 256, 256, -1),
-    "576 / 512": (16, 1, 576, 512, -1),
+    "64": Heads(16, 4, 64, 64),
+    "96": Heads(16, 4, 96, 96),
+    "128": Heads(32, 2, 128, 128),
+    "128, window 1023": Heads(16, 8, 128, 128, 1023),
+    "192 / 128": Heads(16, 16, 192, 128),
+    "256": Heads(16, 4, 256, 256),
+    "576 / 512": Heads(16, 1, 576, 512),
 }
 # Name: new tokens and cached tokens of each sequence
 MODEL_BATCHES = {
@@ -53,52 +52,32 @@ HEADS_BATCHES = {
 }
 
 
-def _inputs(heads: tuple, batch: tuple, fused: bool) -> tuple:
-    num_heads, num_kv_heads, dim, v_dim, window = heads
+def _inputs(heads: Heads, batch: tuple, fused: bool) -> tuple:
+    """The arguments of the kernel."""
+    torch.manual_seed(0)
     extend, prefix = batch
     # As the backend passes it: a sliding layer gets a request's last keys alone.
-    prefix = [min(n, window) if window > 0 else n for n in prefix]
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(
-            shape, device="cuda", dtype=torch.bfloat16, generator=generator
-        )
-
-    def indptr(lengths):
-        return torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-
-    num_new, num_cached = sum(extend), sum(prefix)
-    slots = torch.randperm(num_cached + 1, device="cuda", generator=generator)
-    out = torch.empty((num_new, num_heads, v_dim), device="cuda", dtype=torch.bfloat16)
-    shapes = ((num_heads, dim), (num_kv_heads, dim), (num_kv_heads, v_dim))
+    prefix = [heads.kept(n) for n in prefix]
+    new, cached = sum(extend), sum(prefix)
+    shapes = (heads.queries, heads.dim), (heads.kv, heads.dim), (heads.kv, heads.v_dim)
+    slots = shuffled(cached + 1)
+    out = normal(new, heads.queries, heads.v_dim)
     if fused:
         sizes = [h * d for h, d in shapes]
-        parts = draw(num_new, sum(sizes)).split(sizes, dim=1)
+        parts = normal(new, sum(sizes)).split(sizes, dim=1)
         qkv = [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
     else:
-        qkv = [draw(num_new, *shape) for shape in shapes]
+        qkv = [normal(new, *shape) for shape in shapes]
+    buffers = [normal(cached + 1, *shape) for shape in shapes[1:]]
     return (
-        *qkv,
-        out,
-        draw(num_cached + 1, num_kv_heads, dim),
-        draw(num_cached + 1, num_kv_heads, v_dim),
-        indptr(extend),
-        indptr(prefix),
-        slots[:num_cached].contiguous(),
-        None,
-        True,
-        None,
-        max(extend),
-        1.0,
-        1.0,
+        *(*qkv, out, *buffers, bounds(extend), bounds(prefix)),
+        *(slots[:cached].contiguous(), None, True, None, max(extend), 1.0, 1.0),
     )
 
 
-def _fa4_launch(function: Callable, inputs: tuple, heads: tuple, batch: tuple):
+def _fa4_launch(function: Callable, inputs: tuple, heads: Heads, batch: tuple):
     """FlashAttention 4 on the same keys, or None where it has no such head size."""
-    dim, v_dim, window = heads[2:]
-    if (dim, v_dim) not in ((256, 256), (512, 512)):
+    if heads not in MODEL.values():
         return None
     q, k, v, out, k_buffer, v_buffer, _, kv_indptr, slots = inputs[:9]
     keys, values = [], []
@@ -109,19 +88,18 @@ def _fa4_launch(function: Callable, inputs: tuple, heads: tuple, batch: tuple):
             found.append(torch.cat([buffer[cached], x[first : first + new]]))
         first += new
     paged = fa4.Paged(keys, values)
-    return paged.call(function, q.contiguous(), batch[0], window, out)
+    return paged.call(function, q.contiguous(), batch[0], heads.window, out)
 
 
-def _flops(heads: tuple, batch: tuple) -> int:
+def _flops(heads: Heads, batch: tuple) -> int:
     """Of the two products over the visible pairs of query and key."""
-    num_heads, _, dim, v_dim, window = heads
     pairs = 0
     for extend, prefix in zip(*batch):
         seen = torch.arange(prefix + 1, prefix + extend + 1)
-        if window > 0:
-            seen = seen.clamp(max=window + 1)
+        if heads.window > 0:
+            seen = seen.clamp(max=heads.window + 1)
         pairs += int(seen.sum())
-    return 2 * num_heads * (dim + v_dim) * pairs
+    return 2 * heads.queries * (heads.dim + heads.v_dim) * pairs
 
 
 def arguments(parser) -> None:
@@ -159,7 +137,7 @@ def measure(run: Run) -> None:
             arm: partial(
                 kernel.module.extend_attention_fwd,
                 *inputs,
-                sliding_window_size=heads[-1],
+                sliding_window_size=heads.window,
             )
             for arm, kernel in kernels.items()
         }

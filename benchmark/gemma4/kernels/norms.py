@@ -5,11 +5,10 @@ from typing import Callable, Dict, List
 
 import torch
 from gemma4.errors import UserError
+from gemma4.kernels.inputs import MODEL, normal
 from gemma4.kernels.runner import agree
 
-HIDDEN, HEADS, EPS = 2816, 16, 1e-6
-# Head size, KV heads.
-LAYERS = {"sliding": (256, 8), "full": (512, 2)}
+HIDDEN, HEADS, EPS = 2816, MODEL["full"].queries, 1e-6
 TOKENS = (1, 8, 80, 320, 1024, 8192)
 
 
@@ -31,14 +30,14 @@ class QKV:
 
         self.base, self.fork = base, fork
         self.rope = apply_rope_with_cos_sin_cache_inplace
-        self.D, self.kv_heads = LAYERS[layer]
+        _, self.kv_heads, self.D = MODEL[layer][:3]
         self.tokens = tokens
         self.sizes = [h * self.D for h in (HEADS, self.kv_heads, self.kv_heads)]
         self.weights = _weights(2, self.D)
         self.positions = torch.randint(0, 8000, (tokens,), device="cuda")
         angles = torch.rand((8192, self.D // 2), device="cuda") * 7
         self.cache = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        self.qkv = torch.randn((tokens, sum(self.sizes)), device="cuda").bfloat16()
+        self.qkv = normal(tokens, sum(self.sizes))
 
     def arms(self) -> Dict[str, Callable[[], object]]:
         q, k, v = self.qkv.split(self.sizes, dim=-1)
@@ -154,9 +153,7 @@ class PreFeedforward:
 
     def __init__(self, fork: ModuleType, tokens: int):
         self.fork = fork
-        self.x, self.residual = (
-            torch.randn((tokens, HIDDEN), device="cuda").bfloat16() for _ in range(2)
-        )
+        self.x, self.residual = (normal(tokens, HIDDEN) for _ in range(2))
         self.weights = _weights(4, HIDDEN)
         self.one = torch.ones_like(self.weights[0])
 

@@ -14,13 +14,9 @@ A second table puts the router behind the matrix product that makes its logits, 
 a kernel that is launched early (programmatic dependent launch) shows what that gives.
 """
 
-import ast
-import importlib.metadata
-import sys
-import types
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List
 
 import torch
 import triton
@@ -69,38 +65,15 @@ def _torch_routing(logits, scale, topk):
     return topk_weights.to(torch.float32), topk_ids.to(torch.int32)
 
 
-def _load_peer(name: str, sites: List[str]) -> Optional[tuple]:
-    """(arm, routing function) of a distribution's newest copy with a fused router."""
-    file, function, call = PEERS[name]
-    found = importlib.metadata.Distribution.discover(
-        name=name, path=[*sites, *sys.path]
-    )
-    versions = []
-    for distribution in found:
-        versions.append(distribution.version)
-        path = Path(distribution.locate_file(file))
-        if not path.exists():
-            continue
-        # Only the function and the kernels of that file, so that the package, which
-        # may need what is not here, is not imported.
-        tree = ast.parse(path.read_text())
-        kernels = [
-            node
-            for node in tree.body
-            if isinstance(node, ast.FunctionDef)
-            and (node.name == function or "_gemma4_routing_kernel" == node.name)
-        ]
-        module = types.ModuleType(f"{name}_routing")
-        module.__dict__.update(torch=torch, triton=triton, tl=triton.language)
-        sys.modules[module.__name__] = module
-        code = compile(ast.Module(kernels, []), str(path), "exec")
-        exec(code, module.__dict__)
-        route = getattr(module, function)
-        arm = f"{name} {distribution.version}"
-        return arm, lambda *args: call(route, *args)
-    reason = f"{versions[0]} has no {file}" if versions else "is not installed"
-    print(f"{name} {reason}: skipped")
-    return None
+def _peers(sites: List[str]) -> Dict[str, Callable]:
+    arms = {}
+    for name, (file, function, call) in PEERS.items():
+        names = (function, "_gemma4_routing_kernel")
+        found = files.of_peer(name, file, names, sites)
+        if found:
+            version, module = found
+            arms[f"{name} {version}"] = partial(call, getattr(module, function))
+    return arms
 
 
 def _check(arms: Dict[str, Callable], experts: int, topk: int) -> None:
@@ -132,10 +105,10 @@ def arguments(parser) -> None:
 def measure(run: Run) -> None:
     args = run.args
     route, sha256 = files.load(files.of_fork(FILE, args.kernel), FUNCTION)
-    arms = {"torch": _torch_routing, "fork": getattr(route, FUNCTION)}
-    arms.update(filter(None, (_load_peer(name, args.peer_site) for name in PEERS)))
+    peers = _peers(args.peer_site)
+    arms = {"torch": _torch_routing, "fork": getattr(route, FUNCTION), **peers}
     _check(arms, args.experts, args.topk)
-    run.against = [name for name in arms if name not in ("torch", "fork")]
+    run.against = list(peers)
     run.set(experts=args.experts, topk=args.topk, hidden=args.hidden)
     run.set(launches_a_sample=LAUNCHES, kernel_sha256=sha256)
     run.set(limits=["empty launch", BYTES])

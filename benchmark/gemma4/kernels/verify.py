@@ -19,15 +19,11 @@ from pathlib import Path
 
 import torch
 from gemma4.kernels import fa4, files
+from gemma4.kernels.inputs import MODEL, Heads, bounds, normal, shuffled
 from gemma4.kernels.runner import FA4, Run, add_fa4, alike
 
 TITLE, SAMPLES = "Attention of a verify step", 11
-LAYERS = {
-    "sliding": dict(heads=16, kv_heads=8, head_dim=256, v_head_dim=256, window=1023),
-    "full": dict(heads=16, kv_heads=2, head_dim=512, v_head_dim=512, window=-1),
-    "gqa": dict(heads=32, kv_heads=8, head_dim=128, v_head_dim=128, window=-1),
-    "mla": dict(heads=128, kv_heads=1, head_dim=576, v_head_dim=512, window=-1),
-}
+LAYERS = {**MODEL, "gqa": Heads(32, 8, 128, 128), "mla": Heads(128, 1, 576, 512)}
 # layer, requests, tokens of each ("mixed": a few long requests among short ones)
 CASES = [
     *(("sliding", 1, 8500), ("sliding", 8, 8500), ("sliding", 80, 8500)),
@@ -43,48 +39,39 @@ OPS = "sglang/kernels/ops/attention"
 class Layer:
     """Inputs of one layer's verify step, in `copies` copies."""
 
-    def __init__(self, name, requests, tokens, drafted):
-        layer = LAYERS[name]
-        heads, kv_heads = layer["heads"], layer["kv_heads"]
-        Lq, Lv, self.window = layer["head_dim"], layer["v_head_dim"], layer["window"]
+    def __init__(self, name: str, requests: int, tokens, drafted: int):
+        heads, self.drafted = LAYERS[name], drafted
         lens = MIXED[:requests] if tokens == "mixed" else [tokens] * requests
-        kept = self.kept = [min(n, self.window) if self.window > 0 else n for n in lens]
-        used, batch, self.drafted = sum(kept), len(lens), drafted
-        self.bytes = used * kv_heads * (Lq if name == "mla" else Lq + Lv) * 2
-        copies = max(1, min(64, round(COLD_BYTES / self.bytes)))
-
-        def normal(*shape):
-            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
+        kept = self.kept = [heads.kept(n) for n in lens]
+        used, rows, self.window = sum(kept), requests * drafted, heads.window
+        shared = name == "mla"  # its values are the beginnings of its keys
+        width = heads.dim if shared else heads.dim + heads.v_dim
+        self.bytes = 2 * used * heads.kv * width
         self.copies = []
-        for _ in range(copies):
-            k_buffer = normal(used, kv_heads, Lq)
-            v_buffer = (
-                k_buffer[..., :Lv] if name == "mla" else normal(used, kv_heads, Lv)
+        for _ in range(max(1, min(64, round(COLD_BYTES / self.bytes)))):
+            keys = normal(used, heads.kv, heads.dim)
+            values = (
+                keys[..., : heads.v_dim]
+                if shared
+                else normal(used, heads.kv, heads.v_dim)
             )
-            q, k = normal(batch * drafted, heads, Lq), normal(
-                batch * drafted, kv_heads, Lq
+            self.copies.append(
+                (
+                    normal(rows, heads.queries, heads.dim),
+                    normal(rows, heads.kv, heads.dim),
+                    normal(rows, heads.kv, heads.v_dim),
+                    normal(rows, heads.queries, heads.v_dim),
+                    *(keys, values, shuffled(used)),
+                )
             )
-            v, o = normal(batch * drafted, kv_heads, Lv), normal(
-                batch * drafted, heads, Lv
-            )
-            slots = torch.randperm(used, device="cuda")
-            self.copies.append((q, k, v, o, k_buffer, v_buffer, slots))
-
-        def indptr(counts, dtype):
-            bounds = torch.zeros(len(counts) + 1, dtype=dtype, device="cuda")
-            bounds[1:] = torch.tensor(counts).cumsum(0)
-            return bounds
-
-        self.qo_indptr = indptr([drafted] * batch, torch.int32)
-        self.kv_indptr = indptr(kept, torch.int32)
+        self.qo_indptr, self.kv_indptr = bounds([drafted] * requests), bounds(kept)
         chain = torch.ones(drafted, drafted, dtype=torch.uint8).tril()
         masks = [
             torch.cat([torch.ones(drafted, n, dtype=torch.uint8), chain], 1).flatten()
             for n in lens
         ]
         self.mask = torch.cat(masks).cuda()
-        self.mask_indptr = indptr([len(m) for m in masks], torch.int64)
+        self.mask_indptr = bounds([len(m) for m in masks], torch.int64)
         offsets = [n - m for n, m in zip(lens, kept)]
         self.offsets = torch.tensor(offsets, dtype=torch.int32, device="cuda")
 
@@ -153,7 +140,7 @@ def measure(run: Run) -> None:
             "base": [partial(base_call, i) for i in range(copies)],
             "fork": [partial(fork_call, i) for i in range(max(4, copies))],
         }
-        if run.flash and name in ("sliding", "full"):
+        if run.flash and name in MODEL:
             arms[FA4] = layer.flash(run.flash)
         case = {"layer": name, "requests": requests, "tokens": tokens}
         first = {arm: calls[0] for arm, calls in arms.items()}
