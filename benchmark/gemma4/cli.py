@@ -75,7 +75,7 @@ def run(name: str, argv: List[str]) -> int:
 
                 module = Operation(module)
             parser = Parser(
-                prog=program,
+                prog=f"python -m {program}",
                 description=module.__doc__,
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
