@@ -17,9 +17,9 @@ from sglang.srt.utils.bpe_cuts import describe, find_bpe_cuts
 from sglang.srt.utils.encode_texts import encode_texts, prepare
 from sglang.test.ci.ci_register import register_cpu_ci
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmark" / "gemma4"
+BENCHMARKS = Path(__file__).parents[3] / "benchmark"
 sys.path.insert(0, str(BENCHMARKS))
-from checkpoint import write_checkpoint  # noqa: E402
+from gemma4.checkpoint import write_checkpoint  # noqa: E402
 
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
