@@ -105,6 +105,11 @@ class Answers:
             chat_template_kwargs={"open_thought": True},
         )
 
+    def test_only_a_tool_ends_a_thought(self):
+        said = f"As {call('a:1', 'f')}."
+        text = f"{CHANNEL_START}thought\n{said}{CHANNEL_END}It is 5."
+        self.check(text, said, "It is 5.", [])
+
     def test_cut_by_length(self):
         text = call("query:|x").removesuffix("}<tool_call|>")
         calls = [("web_search", {"query": "x"})]

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.entrypoints.openai.utils import convert_embeds_to_tensors
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -41,6 +42,18 @@ class TestRequestErrors(CustomTestCase):
         ):
             with self.subTest(body), self.assertRaises(ValidationError):
                 ChatCompletionRequest.model_validate(body)
+
+    def test_embeddings_for_some_inputs(self):
+        """An input without any says so with null, or an empty list."""
+        given = [[], [[0.5, 1.0]], None, [[0.5], [1.0]]]
+        found = convert_embeds_to_tensors(given)
+        self.assertEqual(
+            [None if e is None else [t.tolist() for t in e] for e in found],
+            [None, *given[1:]],
+        )
+        self.assertEqual(convert_embeds_to_tensors([[], None]), [None, None])
+        [vectors] = convert_embeds_to_tensors([[0.5], [1.0]])
+        self.assertEqual([t.tolist() for t in vectors], [[0.5], [1.0]])
 
     def test_schemas_beside_the_format(self):
         for schema in ({"properties": ["strict"]}, {"properties": {"strict": None}}):

@@ -49,6 +49,26 @@ def test_pieces_have_the_ids_of_the_whole(tokenizer, text, specials):
     assert found == tokenizer.encode(text, add_special_tokens=specials)
 
 
+@pytest.mark.parametrize("direction", ["left", "right"])
+def test_what_a_processor_leaves_behind_alters_nothing(tokenizer, direction):
+    """A multimodal processor has texts padded, and the backend keeps it so."""
+    text = "ba be\n" * 3
+    whole = tokenizer.encode(text)
+    tokenizer.backend_tokenizer.enable_padding(direction=direction)
+    try:
+        with (
+            mock.patch.object(pieces, "_MIN_CHUNK_CHARS", 4),
+            mock.patch.object(pieces, "_parallel_ok", True),
+            envs.SGLANG_PARALLEL_PROMPT_ENCODE_MIN_CHARS.override(0),
+            mock.patch.object(pieces, "split_prompt", wraps=pieces.split_prompt) as cut,
+        ):
+            found = pieces.parallel_prompt_encode(tokenizer, text)
+    finally:
+        tokenizer.backend_tokenizer.no_padding()
+    assert found == whole
+    assert cut.called
+
+
 def test_a_text_is_cut_behind_words(tokenizer):
     *_, pattern, npattern, cuts = pieces._plan_for(tokenizer)
     with mock.patch.object(pieces, "_MIN_CHUNK_CHARS", 1):

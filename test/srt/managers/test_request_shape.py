@@ -5,6 +5,8 @@ import asyncio
 import unittest
 from types import SimpleNamespace
 
+import torch
+
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -75,6 +77,21 @@ class TestGenerate(CustomTestCase):
             self.assertTrue(self.accepted(text="a", sampling_params=params).is_single)
         self.assertEqual(len(self.accepted(text="a", sampling_params={"n": 2}).text), 2)
 
+    def test_ids_beside_texts(self):
+        """A list of ids a text, or one for a single text; with `n` too."""
+        for ids in ([], [5, 6], [[5]], [[5], [6], [7]], [[5], 6]):
+            with self.subTest(ids):
+                self.refused("input_ids", 2, text=["a", "b"], input_ids=ids)
+        self.refused("input_ids", text="a", input_ids=[[5]])
+        for n in (1, 2):
+            params = {"n": n}
+            obj = self.accepted(
+                text=["a", "b"], input_ids=[[5], [6, 7]], sampling_params=params
+            )
+            self.assertEqual(obj[2 * n - 1].input_ids, [6, 7])
+        obj = self.accepted(text="a", input_ids=[5], sampling_params=params)
+        self.assertEqual([obj[i].input_ids for i in range(n)], [[5]] * n)
+
     def test_empty(self):
         self.refused("text", text=[])
         self.refused("input_ids", input_ids=[])
@@ -84,6 +101,28 @@ class TestGenerate(CustomTestCase):
 
 
 class TestEmbedding(CustomTestCase):
+    def test_embeddings_for_another_number_of_inputs(self):
+        vector = torch.zeros(4)
+        for text, entries in (
+            (["a", "b"], [[vector]]),
+            (["a"], []),
+            ("a", [[vector], None]),
+            ("a", []),
+        ):
+            obj = EmbeddingReqInput(text=text, embed_overrides=entries)
+            with self.assertRaisesRegex(ValueError, "embed_overrides"):
+                obj.normalize_batch_and_arguments()
+
+    def test_embeddings_for_each_input(self):
+        vector = torch.zeros(4)
+        obj = EmbeddingReqInput(text=["a", "b"], embed_overrides=[None, [vector]])
+        obj.normalize_batch_and_arguments()
+        self.assertEqual([obj[i].embed_overrides for i in range(2)], [None, [vector]])
+        for entries in ([[vector]], [vector]):  # of the API; of Python
+            obj = EmbeddingReqInput(text="a", embed_overrides=entries)
+            obj.normalize_batch_and_arguments()
+            self.assertEqual(obj.embed_overrides, [vector])
+
     def test_empty(self):
         for fields in ({"text": []}, {"input_ids": []}):
             with self.subTest(fields), self.assertRaisesRegex(ValueError, "empty"):
