@@ -254,6 +254,22 @@ def test_what_it_does_not_know_goes_to_the_general_kernel(name, value):
     assert not (out == 7.0).all(dim=-1).any()
 
 
+@pytest.mark.parametrize(
+    "dim", [64, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (256, 512))]
+)
+def test_what_is_no_number_stays_in_its_sequence(dim):
+    """Tiles that reach into the next sequence's keys weigh them with 0, and 0 times
+    what is no number is none."""
+    case = Case(extend=(70, 90, 33), prefix=(40, 30, 0), dim=dim)
+    inputs = Inputs(case)
+    inputs.k[70:160] = inputs.v[70:160] = float("nan")
+    out, by_hopper = inputs.run()
+    assert by_hopper
+    error = (out.double() - inputs.oracle()).abs()
+    others = torch.cat([error[:70], error[160:]])
+    assert others.max() < TOLERANCE[case.dtype]
+
+
 GPU_LENGTHS = [
     ((8192,), (0,)),
     ((300, 1, 77, 1024), (0, 4100, 33, 2048)),
@@ -283,6 +299,21 @@ def test_on_gpu(dim, heads, kv_heads, extend, prefix, window):
             dtype=torch.bfloat16,
         )
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [256, 512])
+@pytest.mark.parametrize(
+    "extend,prefix", [((2048,), (500,)), ((1000,) * 4, (0,) * 4)], ids=["one", "four"]
+)
+def test_the_same_bits_every_time(dim, extend, prefix):
+    """Copies that overtake the products which read their buffers do so now and then."""
+    case = Case(extend, prefix, heads=16, dim=dim, dtype=torch.bfloat16)
+    inputs = Inputs(case)
+    first, by_hopper = inputs.run()
+    assert by_hopper
+    for _ in range(40):
+        assert torch.equal(inputs.run()[0], first)
 
 
 if __name__ == "__main__":
