@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional
 
 from gemma4.engines.servers import Server
 from gemma4.quality.answers import ROOM
@@ -112,11 +112,13 @@ class Difference:
         apart: How far the logprob of a token is from float32's, at the worst, in nats.
         behind: How much less likely than its own choice float32 finds one, likewise.
         others: Tokens that are not its choice.
+        tokens: How many there are.
     """
 
     apart: float = 0.0
     behind: float = 0.0
     others: int = 0
+    tokens: int = 0
 
     def see(self, answer: Answer, exact) -> None:
         best, choice = exact.max(dim=-1)
@@ -125,6 +127,18 @@ class Difference:
             self.apart = max(self.apart, abs(given - own))
             self.behind = max(self.behind, best[i].item() - own)
             self.others += token != choice[i].item()
+            self.tokens += 1
+
+    @classmethod
+    def of_all(cls, differences: Iterable["Difference"]) -> "Difference":
+        """Of answers to prompts of all these kinds."""
+        found = cls()
+        for one in differences:
+            found.apart = max(found.apart, one.apart)
+            found.behind = max(found.behind, one.behind)
+            found.others += one.others
+            found.tokens += one.tokens
+        return found
 
 
 def judge(found: Dict[str, Difference], noise: Optional[Dict[str, Difference]]):
