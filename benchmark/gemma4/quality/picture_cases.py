@@ -92,6 +92,15 @@ def picture(name: str, seed: int):
     return Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8), "RGB")
 
 
+def soft_shapes(random, height: int, width: int):
+    """An image that a JPEG makes as small as it would a photograph."""
+    import numpy as np
+    from PIL import Image
+
+    coarse = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
 def data_url(image, form: str = "PNG", **options) -> str:
     """An image as a request has it."""
     file = io.BytesIO()

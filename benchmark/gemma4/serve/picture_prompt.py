@@ -22,7 +22,7 @@ from gemma4.engines.arms import Arm, chosen_arms, described
 from gemma4.engines.host import check_port
 from gemma4.engines.servers import ArmServer, Server, Setup
 from gemma4.errors import UserError
-from gemma4.quality.picture_cases import MARK, data_url
+from gemma4.quality.picture_cases import MARK, data_url, soft_shapes
 from gemma4.report.results import Results
 from gemma4.report.tables import table
 from tqdm import tqdm
@@ -50,12 +50,7 @@ class Prompts:
 
     def picture(self) -> str:
         """A JPEG of soft shapes, as large as a photograph would be."""
-        import numpy as np
-        from PIL import Image
-
-        height, width = self.shape
-        coarse = self.random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+        image = soft_shapes(self.random, *self.shape)
         return data_url(image, "JPEG", quality=90)
 
 
