@@ -169,6 +169,7 @@ def smoke(project: Project, port: int, dependencies: Path | None = None) -> None
         commands = environment / "commands"
         commands.mkdir()
         (commands / "fork").symlink_to(Path(__file__).parent)
+        (commands / "gemma4").symlink_to(project.root / "benchmark" / "gemma4")
         env = {**os.environ, "PYTHONPATH": str(commands)}
         code = "from importlib.util import find_spec as s; print(s('sglang').origin)"
         found = run([python, "-c", code], cwd=environment, env=env).stdout.strip()
@@ -177,8 +178,7 @@ def smoke(project: Project, port: int, dependencies: Path | None = None) -> None
                 f"The environment imports sglang from {found or 'nowhere'}, not from "
                 f"{fitting[0].name}."
             )
-        demo = [python, "-m", "fork", "--series", project.series]
-        demo += ["demo", "--port", str(port)]
+        demo = [python, "-m", "gemma4", "demo", "--port", str(port)]
         if subprocess.run(demo, cwd=environment, env=env).returncode:
             raise ForkError(f"{fitting[0].name} does not serve; it says why above.")
         say(f"{fitting[0].name} serves, installed alone.")
