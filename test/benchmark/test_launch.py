@@ -1,45 +1,12 @@
 """`make serve` and `make demo`: the real server, and what stops it before it starts."""
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-
-def start(*args: str, mark: str = "", cwd: Path = Path.cwd()) -> subprocess.Popen:
-    command = [sys.executable, "-m", "gemma4", *args]
-    env = {**os.environ, "GEMMA4_TEST_MARK": mark}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True
-    )
-
-
-def gemma4(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    running = start(*args, **kwargs)
-    out, err = running.communicate(timeout=600)
-    return subprocess.CompletedProcess(args, running.returncode, out, err)
-
-
-def marked(mark: str) -> list[Path]:
-    """The processes that inherited this mark, however they were started."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (
-                f"GEMMA4_TEST_MARK={mark}".encode()
-                in (process / "environ").read_bytes()
-            ):
-                found.append(process)
-        except OSError:
-            pass  # it ended meanwhile, or is another user's
-    return found
+from programs import marked, run, start
 
 
 def is_free(port: str | int) -> bool:
@@ -53,7 +20,7 @@ def port() -> str:
 
 
 def test_demo_answers_and_leaves_nothing_behind(port, tmp_path):
-    done = gemma4("demo", "--port", port, mark=str(tmp_path))
+    done = run("demo", "--port", port, mark=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert re.search(r"\n[1-9]\d* tokens came back\.", done.stderr), done.stderr
     question, answer = done.stdout.split("\n", 1)
@@ -83,7 +50,7 @@ def test_a_port_in_use(command, port):
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", int(port)))
         taken.listen()
-        done = gemma4(command, "--port", port)
+        done = run(command, "--port", port)
     assert done.returncode == 1
     assert f"Port {port} of 127.0.0.1 is in use" in done.stderr
     assert "Traceback" not in done.stderr
@@ -91,14 +58,14 @@ def test_a_port_in_use(command, port):
 
 @pytest.mark.parametrize("port", ["0", "55536", "70000"])
 def test_a_port_that_is_none(port):
-    done = gemma4("launch", "--port", port)
+    done = run("launch", "--port", port)
     assert done.returncode == 1
     assert f"Port {port} is none that SGLang takes: 1 to 55535." in done.stderr
 
 
 @pytest.mark.parametrize("command", ["launch", "demo"])
 def test_no_such_model(command, port, tmp_path):
-    done = gemma4(command, "--port", port, "--model", str(tmp_path / "none"))
+    done = run(command, "--port", port, "--model", str(tmp_path / "none"))
     assert done.returncode == 1
     assert f"The model {tmp_path / 'none'} is no folder" in done.stderr
     assert "Traceback" not in done.stderr
@@ -108,7 +75,7 @@ def test_a_server_that_dies(port, tmp_path):
     """Of an empty folder, named relative to where the command was typed."""
     (tmp_path / "model").mkdir()
     mark = str(tmp_path)
-    done = gemma4("demo", "--port", port, "--model", "model", cwd=tmp_path, mark=mark)
+    done = run("demo", "--port", port, "--model", "model", cwd=tmp_path, mark=mark)
     assert done.returncode == 1
     assert "The server died while starting" in done.stderr
     assert str(tmp_path / "model") in done.stderr

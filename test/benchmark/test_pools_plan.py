@@ -1,14 +1,12 @@
 """The pool planner against the exact pool sizes, and what it says when a load is too big."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from gemma4.checkpoint import write_checkpoint
 from gemma4.cli import main
 from gemma4.pools.plan import gpu_kv_bytes
 from gemma4.report.results import load
+from programs import run
 
 PLAN = ["pools", "plan"]
 H200 = ["--kv-memory", "74384050000"]
@@ -133,10 +131,6 @@ def test_one_pool(tmp_path, capsys):
 
 
 def test_command_line(folder):
-    run = subprocess.run(
-        [sys.executable, "-m", "gemma4", *PLAN, folder, *H200],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "1,452,813" in run.stdout and "217,921" in run.stdout
+    done = run(*PLAN, folder, *H200)
+    assert done.returncode == 0, done.stderr
+    assert "1,452,813" in done.stdout and "217,921" in done.stdout

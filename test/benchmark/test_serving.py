@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import programs
 import pytest
 from gemma4.arguments import Parser
 from gemma4.checkpoint import write_checkpoint
@@ -50,31 +50,9 @@ def small(tmp_path, port):
 @pytest.fixture
 def start(small, tmp_path):
     def start(*args: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-m", "gemma4", "serve", *small, *args],
-            cwd=tmp_path,
-            env={**os.environ, "GEMMA4_TEST_MARK": str(tmp_path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return programs.start("serve", *small, *args, mark=tmp_path, cwd=tmp_path)
 
     return start
-
-
-def marked(mark) -> list:
-    """The processes that inherited this mark, however they were started."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (
-                f"GEMMA4_TEST_MARK={mark}".encode()
-                in (process / "environ").read_bytes()
-            ):
-                found.append(process)
-        except OSError:
-            pass  # it ended meanwhile, or is another user's
-    return found
 
 
 def parse(arguments: list):
@@ -99,7 +77,7 @@ def test_both_arms_are_served_and_an_interrupted_run_goes_on(start, tmp_path, po
     out, err = running.communicate(timeout=60)
     assert running.returncode == 130, err
     assert "interrupted; no server is left" in err and "Traceback" not in err
-    assert not marked(tmp_path) and is_free(port)
+    assert not programs.marked(tmp_path) and is_free(port)
     first = results.load(path)
     assert first.arms() == [BASE]
     assert "8 of 31" in out and "burst, not measured" in out
@@ -107,7 +85,7 @@ def test_both_arms_are_served_and_an_interrupted_run_goes_on(start, tmp_path, po
     running = start(*command)
     out, err = running.communicate(timeout=400)
     assert running.returncode == 0, err
-    assert not marked(tmp_path) and is_free(port)
+    assert not programs.marked(tmp_path) and is_free(port)
     found = results.load(path)
     assert found.arms() == [BASE, "fork"]
     assert list(found.select(BASE)) == first.records
@@ -141,7 +119,7 @@ def test_a_server_that_dies_while_loading(start, tmp_path, port):
     (said,) = [line for line in err.splitlines() if line.startswith("gemma4 serve: ")]
     assert "The server of fork died while starting" in said
     assert str(tmp_path / "logs" / "serving" / "1-fork.server.log") in said
-    assert not marked(tmp_path) and is_free(port)
+    assert not programs.marked(tmp_path) and is_free(port)
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")
@@ -234,7 +212,7 @@ def test_ctrl_c_while_a_process_is_started():
         timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
-    assert not marked(mark)
+    assert not programs.marked(mark)
 
 
 def test_what_bench_serving_gets():

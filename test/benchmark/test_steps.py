@@ -1,10 +1,9 @@
 """The picture of host and GPU in steps with MTP."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 PICTURE = Path(__file__).parents[2] / "docs" / "img" / "mtp-steps.svg"
 
@@ -12,11 +11,7 @@ from gemma4.report.steps import GPU, after, before
 
 
 def draw(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "gemma4", "report", "steps", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+    return run("report", "steps", *arguments)
 
 
 def test_the_picture_is_the_one_in_the_docs(tmp_path):

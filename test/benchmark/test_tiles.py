@@ -1,18 +1,14 @@
 """The picture of the tiles that the extend kernel walks."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+from programs import run
 
 PICTURE = Path(__file__).parents[2] / "docs" / "img" / "prefill-tiles.svg"
 
 
 def draw(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "gemma4", "report", "tiles", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+    return run("report", "tiles", *arguments)
 
 
 def test_the_picture_is_the_one_in_the_docs(tmp_path):
