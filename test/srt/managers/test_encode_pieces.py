@@ -1,15 +1,13 @@
 """The pieces of a prompt have the token ids of the whole."""
 
-import sys
-import tempfile
-from pathlib import Path
+import json
 from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoTokenizer
+from test_encode_texts import MARKED, folder, tokenizer  # noqa: F401
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from sglang.srt.entrypoints.openai import parallel_prompt_encode as pieces
 from sglang.srt.environ import envs
@@ -17,23 +15,7 @@ from sglang.srt.utils.bpe_cuts import describe, find_bpe_cuts
 from sglang.srt.utils.encode_texts import encode_texts, prepare
 from sglang.test.ci.ci_register import register_cpu_ci
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmark"
-sys.path.insert(0, str(BENCHMARKS))
-from gemma4.checkpoint import write_checkpoint  # noqa: E402
-
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
-
-MARKED = st.lists(
-    st.sampled_from(["<|image|>", "<bos>", "<|turn>", "<turn|>", " ", "\n", "▁", "ba"])
-    | st.text(max_size=8)
-).map("".join)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    with tempfile.TemporaryDirectory() as place:
-        write_checkpoint(Path(place, "model"), "26b-a4b", weights=False)
-        yield AutoTokenizer.from_pretrained(str(Path(place, "model")))
 
 
 @given(text=st.text() | MARKED, specials=st.booleans())
@@ -119,6 +101,24 @@ def test_any_merges(backend, text):
         cut = cuts.split(text)
         ids = [i for piece in backend.encode_batch(cut) for i in piece.ids]
         assert ids == backend.encode(text).ids
+
+
+def test_the_parts_are_those_of_the_whole_file():
+    """Of a tokenizer whose words upstream cuts between, too."""
+    backend = bpe(("a", "b"))
+    backend.normalizer = None
+    split = pre_tokenizers.Split(Regex(pieces._INTRA_SPLIT_REGEX), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", 0)]
+    )
+    whole, parts = json.loads(backend.to_str()), describe(backend)
+    for name in ("normalizer", "pre_tokenizer", "post_processor"):
+        assert parts[name] == whole[name]
+    for name, value in parts["model"].items():
+        assert (value or None) == (whole["model"][name] or None)
+    assert pieces._intra_cut_safe(parts)
 
 
 @pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "added_tokens"])
