@@ -408,7 +408,7 @@ class TestRequestFuzz(CustomTestCase):
             cls.base_url + path,
             data=json.dumps(body),
             headers={"Content-Type": "application/json"},
-            timeout=120,
+            timeout=600,  # an answer may have as many tokens as the context
         )
 
     def load(self):
