@@ -101,6 +101,7 @@ def compile_for_hopper(source, kernel, **constants):
         shared=compiled.metadata.shared,
         wgmma="wgmma.mma_async" in ptx,
         copies="cp.async.cg.shared.global" in ptx,
+        descriptors="cp.async.bulk.tensor" in ptx,
         spills=names.count("LDL") + names.count("STL"),
         products=len(products),
         moves_among=among.count("R2UR"),
