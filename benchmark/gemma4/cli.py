@@ -22,6 +22,7 @@ COMMANDS = {
     "kernel verify": ("kernels.verify", "Times the attention of a verify step."),
     "kernel extend": ("kernels.extend", "Times the attention of a prefill."),
     "kernel experts": ("kernels.experts", "Tunes and times the tiles of the experts."),
+    "kernel expert-layer": ("kernels.expert_layer", "Times a layer's experts."),
     "kernel vision": ("kernels.vision", "Times the vision tower."),
     "picture-prompt": ("serve.picture_prompt", "Times prompts with a picture."),
     "tokenizers": ("text.tokenizers", "Times what makes token ids of a prompt."),
