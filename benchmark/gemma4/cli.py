@@ -24,6 +24,7 @@ COMMANDS = {
     "kernel experts": ("kernels.experts", "Tunes and times the tiles of the experts."),
     "kernel expert-layer": ("kernels.expert_layer", "Times a layer's experts."),
     "kernel vision": ("kernels.vision", "Times the vision tower."),
+    "start": ("serve.start", "Times starts, and the first requests after them."),
     "picture-prompt": ("serve.picture_prompt", "Times prompts with a picture."),
     "tokenizers": ("text.tokenizers", "Times what makes token ids of a prompt."),
     "parsers": ("text.parsers", "Times the parsers of thoughts and tool calls."),

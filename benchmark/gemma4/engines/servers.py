@@ -40,6 +40,7 @@ class Setup:
         draft: The MTP draft's checkpoint, or None to serve without MTP.
         accepted: Tokens a verify step yields on average, the bonus token among them.
         flags: More flags for the servers of SGLang.
+        warm: Whether a server answers a request of its own before it is ready.
         profiles: Where vLLM's profiler, which is named at its start, is to write.
     """
 
@@ -50,6 +51,7 @@ class Setup:
     accepted: float = 0.0
     requests: int = 80
     flags: List[str] = dataclasses.field(default_factory=list)
+    warm: bool = False
     profiles: Optional[Path] = None
 
     def command(self, arm: Arm) -> List[str]:
@@ -61,8 +63,8 @@ class Setup:
     def _sglang(self) -> List[str]:
         flags = ["sglang.launch_server", "--model-path", str(self.model)]
         flags += ["--context-length", str(self.context)]
-        # The warm-up asks about a picture; bench_serving warms up by itself.
-        flags += ["--skip-server-warmup"]
+        if not self.warm:
+            flags += ["--skip-server-warmup"]  # bench_serving warms up by itself
         if has_gpu():
             flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch"]
             flags += ["--mem-fraction-static", "0.85"]

@@ -77,6 +77,18 @@ def mtp_title(mtp: str) -> str:
     return mtp if mtp == "off" else f"{mtp} accepted"
 
 
+def record_start(results: Results, case: dict, server: ArmServer) -> None:
+    """How long a server took to start, and what its CUDA graphs take."""
+    values = {"start-up": ("s", server.seconds)}
+    if has_gpu() and server.arm.engine == "sglang":
+        log = server.log.read_text(errors="replace")
+        graphs, memory = captured_graphs(log)
+        values["CUDA graphs"] = ("graphs", graphs)
+        values["CUDA graph memory"] = ("GiB", memory)
+    for metric, (unit, value) in values.items():
+        results.append(case, server.arm.name, metric, unit, round(value, 3))
+
+
 class Run:
     def __init__(self, args: argparse.Namespace, results: Results, arms: List[Arm]):
         self.args, self.results, self.arms = args, results, arms
@@ -150,7 +162,9 @@ class Run:
             self.bar.set_description(f"{turn.arm.name}: starting")
             with server.running(self.args.start_timeout):
                 self.seconds[START, turn.arm.name, turn.mtp] = server.seconds
-                self._record_start(turn, server)
+                case = {"load": START, "mtp": mtp_title(turn.mtp)}
+                record_start(self.results, case, server)
+                self.results.save(self.path)
                 self._say(
                     f"{turn.arm.name} {turn.arm.version}, MTP {mtp_title(turn.mtp)}: "
                     f"up in {server.seconds:.0f} s"
@@ -186,18 +200,6 @@ class Run:
                 return ""
             total += self.seconds.get(step, max(alike))
         return f"; about {total / 60:.0f} min left" if total else ""
-
-    def _record_start(self, turn: Turn, server: ArmServer) -> None:
-        values = {"start-up": ("s", server.seconds)}
-        if has_gpu() and turn.arm.engine == "sglang":
-            log = server.log.read_text(errors="replace")
-            graphs, memory = captured_graphs(log)
-            values["CUDA graphs"] = ("graphs", graphs)
-            values["CUDA graph memory"] = ("GiB", memory)
-        case = {"load": START, "mtp": mtp_title(turn.mtp)}
-        for metric, (unit, value) in values.items():
-            self.results.append(case, turn.arm.name, metric, unit, round(value, 3))
-        self.results.save(self.path)
 
     def _burst(self, turn: Turn, server: ArmServer, client: Client) -> None:
         found = bursts(self.args.chosen[name] for name in turn.loads)
