@@ -17,6 +17,8 @@ from fork.project import Patch, Project
 from fork.series import BASE, PREFIX
 from fork.tree import replace_patches
 
+MOST_LINES = 699  # that one pull request adds, for one person to review it
+
 
 @contextlib.contextmanager
 def repository(project: Project, sources: bool = True) -> Iterator[Git]:
@@ -88,7 +90,11 @@ def check_entries(project: Project) -> None:
 
 def write_upstream(project: Project) -> list[Path]:
     """Writes dist/upstream/*.patch for `git am` in upstream's repository at the tag
-    of the base, and returns them."""
+    of the base, and returns them.
+
+    Raises:
+        ForkError: One adds too many lines.
+    """
     check_entries(project)
     folder = project.root / "dist" / "upstream"
     with repository(project) as git:
@@ -100,9 +106,25 @@ def write_upstream(project: Project) -> list[Path]:
         with tempfile.TemporaryDirectory() as made:
             commits, names = f"{BASE}..{head}", project.patch_names()
             patches = series.write(git, commits, Path(made), names=names)
+            if project.entries:
+                _check_sizes(project, git, patches)
             folder.mkdir(parents=True, exist_ok=True)
             replace_patches(patches, folder)
     return sorted(folder.glob("*.patch"))
+
+
+def _check_sizes(project: Project, git: Git, patches: list[Path]) -> None:
+    for entry, patch in zip(project.entries, patches):
+        counts = git.lines("apply", "--numstat", patch)
+        # A binary file has "-" for a number.
+        added = sum(int(line.split("\t")[0].replace("-", "0")) for line in counts)
+        if added > MOST_LINES:
+            raise ForkError(
+                f"{entry.name} adds {added} lines with the tests that come with it, and "
+                f"a pull request may add {MOST_LINES}: split it by its concerns, or have "
+                f"{project.show(project.settings)} name a test with an earlier patch that "
+                "it tests too."
+            )
 
 
 def write_one(project: Project, name: str) -> Path:

@@ -11,7 +11,7 @@ from collections import namedtuple
 import pytest
 import torch
 import transformers
-from gemma4 import checkpoint
+from gemma4 import checkpoint, fp8_forms
 from gemma4.checkpoint import CheckpointError, configs
 from gemma4.checkpoint import folder as folder_module
 from gemma4.checkpoint import weights as weights_module
@@ -490,7 +490,7 @@ def test_fp8_in_shards_is_the_same(tmp_path, form):
 def test_fp8_of_the_large_shapes(shape):
     """What is in blocks, and what is too narrow for them."""
     spec, mixed = checkpoint.SHAPES[shape], shape == "26b-a4b"
-    form = spec.fp8_form("fp8-block")
+    form = fp8_forms.form_of(spec, "fp8-block")
     groups = form.config([])["config_groups"].values()
     blocks = [group["weights"].get("block_structure") for group in groups]
     assert blocks == ([[128, 128], None] if mixed else [[128, 128]])

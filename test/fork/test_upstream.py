@@ -79,6 +79,20 @@ def test_what_is_no_longer_in_the_series_is_removed(repository):
     assert [path.name for path in note.parent.iterdir()] == ["note.txt"]
 
 
+def test_a_patch_adds_what_one_person_can_review(repository):
+    """With the tests that come with it, and without those that came before."""
+    repository.commit("srt/new.py", "1\n" * 300, "Add new")
+    repository.commit("srt/more.py", "1\n" * 400, "Add more")
+    repository.describe(add_new="test/a.py", add_more="test/a.py")
+    test = repository.root / "test/a.py"
+    test.write_text("1\n" * 399)
+    repository.fork("export")
+    repository.fork("upstream")
+    test.write_text("1\n" * 400)
+    refusal = repository.refusal("upstream")
+    assert "add-new adds 700 lines" in refusal and "may add 699" in refusal
+
+
 def test_one_patch_alone(repository, tmp_path):
     """On the release itself, with a test that another patch has as well."""
     text = (repository.tree / "srt/model.py").read_text()

@@ -1,6 +1,6 @@
 """The configs of a shape: of the model, of its MTP draft, and as config.json has them."""
 
-from gemma4.checkpoint.shapes import FULL, SLIDING, UNIFIED_UNUSED, Shape
+from gemma4.checkpoint.tiny import FULL, SLIDING, UNIFIED_UNUSED, Shape
 from gemma4.checkpoint.tokens import BOS, EOS, PAD, TOOL_RESPONSE, TURN_END
 
 

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from gemma4.checkpoint import fp8 as fp8_forms
-from gemma4.checkpoint import tokens
-from gemma4.checkpoint.configs import draft_config, flatten, target_config
-from gemma4.checkpoint.shapes import SHAPES, Shape
+from gemma4.checkpoint.configs import draft_config, target_config
+from gemma4.checkpoint.files import write_files, write_json
+from gemma4.checkpoint.shapes import SHAPES
 from gemma4.checkpoint.weights import (
     byte_size,
     meta_model,
     on_meta,
     save_weights,
     stored_as,
-    write_json,
 )
 
 DTYPES = {
@@ -107,7 +105,7 @@ def write_checkpoint(
         dtype: a name in `DTYPES`.
         seed: what all weights are drawn from.
         weights: False leaves the weights out, for `--load-format dummy`.
-        fp8: a name in `FORMS`, for weights in FP8; None for `dtype`.
+        fp8: a name in `fp8_forms.FORMS`, for weights in FP8; None for `dtype`.
         config_format: "flat" states `global_head_dim` and `num_global_key_value_heads`,
             as the released folders and transformers 5.6 do; "per-layer" states
             `per_layer_config`, as transformers 5.19 does, which reads both.
@@ -122,11 +120,15 @@ def write_checkpoint(
         CheckpointError: the arguments exclude each other, `out` holds something else,
             or the disk is too small. Nothing was changed.
     """
+    forms = None
+    if fp8 is not None:
+        # It travels with the tests of patches about FP8 alone.
+        from gemma4 import fp8_forms as forms
     for kind, name, known in (
         ("shape", shape, SHAPES),
         ("dtype", dtype, DTYPES),
         ("config format", config_format, CONFIG_FORMATS),
-        ("form of FP8", fp8, (None, *fp8_forms.FORMS)),
+        ("form of FP8", fp8, (None,) if forms is None else forms.FORMS),
     ):
         if name not in known:
             names = ", ".join(filter(None, known))
@@ -159,7 +161,7 @@ def write_checkpoint(
         if assistant
         else target_config(spec, text_only, dtype)
     )
-    form = None if fp8 is None else spec.fp8_form(fp8, assistant)
+    form = None if fp8 is None else forms.form_of(spec, fp8, assistant)
     tensors = {
         k: v.to(DTYPES[dtype]) if v.is_floating_point() else v
         for k, v in on_meta(config).items()
@@ -232,38 +234,6 @@ def _is_there(out: Path, recipe: dict, overwrite: bool) -> bool:
             "it or choose another folder."
         )
     return False
-
-
-def write_files(folder: Path, shape: Shape, config, config_format: str) -> None:
-    from transformers import GenerationConfig
-
-    multimodal = hasattr(config, "vision_config")
-    tokenizer = tokens.make_tokenizer(shape)
-    (
-        tokens.make_processor(shape, tokenizer) if multimodal else tokenizer
-    ).save_pretrained(folder)
-    config.save_pretrained(folder)
-    if config_format == "flat":
-        path = folder / "config.json"
-        values = json.loads(path.read_text())
-        flatten(values, shape)
-        write_json(path, values)
-    ids = shape.multimodal_ids
-    GenerationConfig(
-        bos_token_id=tokens.BOS,
-        eos_token_id=[tokens.EOS, tokens.TURN_END, tokens.TOOL_RESPONSE],
-        pad_token_id=tokens.PAD,
-        do_sample=True,
-        temperature=1.0,
-        top_k=64,
-        top_p=0.95,
-        # A unified model's embeddings of these two are no output's.
-        suppress_tokens=(
-            [ids["eoa_token_id"], ids["eoi_token_id"]]
-            if multimodal and shape.unified
-            else None
-        ),
-    ).save_pretrained(folder)
 
 
 def _publish(partial: Path, out: Path, recipe: dict, overwrite: bool) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from gemma4.checkpoint.shapes import Shape
+from gemma4.checkpoint.tiny import Shape
 
 PAD, EOS, BOS, UNK, MASK = range(5)
 TOOL_RESPONSE, TURN_START, TURN_END = 50, 105, 106

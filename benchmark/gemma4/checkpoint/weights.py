@@ -7,7 +7,6 @@ weight's values depend neither on the order of drawing nor on the other weights.
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import re
 import shutil
@@ -15,17 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from gemma4.checkpoint.shapes import Shape
+from gemma4.checkpoint.files import write_json
+from gemma4.checkpoint.tiny import Shape
 from gemma4.checkpoint.tokens import FIRST_TEXT_TOKEN
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 CLIP_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def meta_model(config) -> torch.nn.Module:

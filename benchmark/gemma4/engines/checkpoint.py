@@ -22,9 +22,9 @@ from gemma4.checkpoint.folder import (
     CheckpointError,
     write_checkpoint,
 )
-from gemma4.checkpoint.fp8 import FORMS
 from gemma4.checkpoint.shapes import SHAPES
 from gemma4.errors import UserError
+from gemma4.fp8_forms import FORMS
 
 
 def arguments(parser) -> None:

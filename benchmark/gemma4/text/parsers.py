@@ -26,7 +26,7 @@ from gemma4.report.results import Results
 from gemma4.report.tables import table
 from tqdm import tqdm
 
-# The parsers' tests, for gemma4_answers.
+# The parsers' tests, for gemma4_answers and gemma4_texts.
 TESTS = BENCHMARKS.parent / "test" / "srt" / "function_call"
 sys.path.insert(0, str(TESTS))
 
@@ -40,7 +40,7 @@ Parts = List[str]
 
 def generated(count: int) -> List[Tuple[str, Parts]]:
     """Texts as the tests of the parsers draw them, and each cut where they cut it."""
-    from gemma4_answers import CUTS, TEXTS, pieces
+    from gemma4_texts import CUTS, TEXTS, pieces
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
     drawn = []

@@ -38,10 +38,21 @@ def backend(name: str) -> BaseGrammarBackend:
     size = len(tokenizer())
     with get_context().override_server_args(grammar_backend=name):
         made = create_grammar_backend(None, tokenizer(), size, {eos_id()})
-        # The second backend reads the server's settings, which end with this block.
-        if made.schema_fallback is not None:
-            made.schema_fallback.get()
+        # A second backend reads the server's settings, which end with this block.
+        fallback = getattr(made, "schema_fallback", None)
+        if fallback is not None:
+            fallback.get()
     return made
+
+
+def obj(properties: dict, *required: str, **keywords) -> dict:
+    """The JSON schema of an object."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        **keywords,
+    }
 
 
 def eos_id() -> int:

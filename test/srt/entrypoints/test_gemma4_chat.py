@@ -18,23 +18,23 @@ from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingRespons
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "function_call"))
+SRT = Path(__file__).parents[1]
+sys.path[:0] = [str(SRT / "function_call"), str(SRT / "parser")]
 from gemma4_answers import (  # noqa: E402
     ANSWERS,
-    CHANNEL_END,
-    CHANNEL_START,
     MORE_ANSWERS,
-    MORE_THOUGHTS,
-    THOUGHTS,
     TOOLS,
     call,
     loads,
 )
+from gemma4_miswritten import MISWRITTEN, MORE_MISWRITTEN  # noqa: E402
 from gemma4_serving import (  # noqa: E402
     TokenizerManager,
     settings,
     template_manager,
 )
+from gemma4_texts import CHANNEL_END, CHANNEL_START  # noqa: E402
+from gemma4_thought_answers import MORE_THOUGHTS, THOUGHTS  # noqa: E402
 
 register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 
@@ -74,7 +74,8 @@ class Answers:
             self.assertEqual(self.read_stream(chunks), whole)
 
     def test_answers(self):
-        for name, text, calls, content in ANSWERS + MORE_ANSWERS:
+        answers = [*ANSWERS, *MORE_ANSWERS, *MISWRITTEN, *MORE_MISWRITTEN]
+        for name, text, calls, content in answers:
             with self.subTest(name):
                 self.check(text, "", content, calls)
 

@@ -23,20 +23,20 @@ from sglang.test.test_utils import (
 
 TEST = Path(__file__).parents[2]
 sys.path.insert(0, str(TEST / "srt" / "function_call"))
+sys.path.insert(0, str(TEST / "srt" / "parser"))
 sys.path.insert(0, str(TEST.parent / "benchmark"))
 from gemma4.checkpoint import CHAT_TEMPLATE, TURN_END, write_checkpoint  # noqa: E402
-from gemma4_answers import (  # noqa: E402
-    ANSWERS,
-    CHANNEL_END,
-    CHANNEL_START,
+from gemma4_answers import ANSWERS, TOOLS, loads  # noqa: E402
+from gemma4_miswritten import MISWRITTEN  # noqa: E402
+from gemma4_texts import CHANNEL_END, CHANNEL_START  # noqa: E402
+from gemma4_thought_answers import THOUGHTS  # noqa: E402
+from told import Told  # noqa: E402
+
+from sglang.srt.function_call.gemma4_format import (  # noqa: E402
     STRING_DELIM,
-    THOUGHTS,
     TOOL_CALL_END,
     TOOL_CALL_START,
-    TOOLS,
-    loads,
 )
-from told import Told  # noqa: E402
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
@@ -162,7 +162,7 @@ class TestGemma4ChatHTTP(CustomTestCase):
         self.check(
             [
                 (name, text, {"enable_thinking": False}, "", calls, content)
-                for name, text, calls, content in ANSWERS
+                for name, text, calls, content in ANSWERS + MISWRITTEN
             ]
         )
 

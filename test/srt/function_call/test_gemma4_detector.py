@@ -1,8 +1,6 @@
 """Gemma 4's tool calls, whole and streamed: the calls of reported and of generated
 answers, whatever the answer is and wherever the stream is cut."""
 
-import json
-import re
 import sys
 import unittest
 from pathlib import Path
@@ -17,7 +15,6 @@ from sglang.srt.function_call.gemma4_format import (
     STRING_DELIM,
     TOOL_CALL_END,
     TOOL_CALL_START,
-    Gemma4ToolCallScanner,
 )
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -25,105 +22,30 @@ from sglang.test.test_utils import CustomTestCase
 sys.path.insert(0, str(Path(__file__).parent))
 from gemma4_answers import (  # noqa: E402
     ANSWERS,
-    CHANNEL_END,
-    CHANNEL_START,
-    CUTS,
-    MANY,
     MORE_ANSWERS,
-    PIECES,
-    STARTS,
-    TEXTS,
     TOOLS,
+    Parsed,
     call,
     function_tool,
     loads,
     parse_calls,
-    work,
+)
+from gemma4_texts import (  # noqa: E402
+    CUTS,
+    KEYS,
+    MANY,
+    NAMES,
+    TEXTS,
+    VALUES,
+    depth,
+    in_order,
+    render_pairs,
 )
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
-_WORDS = st.text(max_size=8) | st.sampled_from(
-    [
-        *(TOOL_CALL_START, TOOL_CALL_END, CHANNEL_START, CHANNEL_END, "<|turn>"),
-        *("}" + TOOL_CALL_END, "]}", "{", "[", ",", ":", '"', "\\", "\\n", "call:f{"),
-        *(
-            "null",
-            "true",
-            "5",
-            "-1e5",
-            "a:1",
-            " ",
-            "\n",
-            "<",
-            "<|",
-            '<|"',
-            "<tool_call",
-        ),
-    ]
-)
-# Nothing escapes: a string that holds the delimiter is not one string, and a string that
-# ends a call and starts another cannot be told from one whose delimiter was left out.
-NEXT_CALL = re.compile(rf"{re.escape(TOOL_CALL_END)}\s*{re.escape(TOOL_CALL_START)}")
-STRINGS = (
-    st.lists(_WORDS, max_size=6)
-    .map("".join)
-    .filter(lambda s: STRING_DELIM not in s and not NEXT_CALL.search(s))
-)
-# Keys stand bare: what the format is written with cannot be part of one.
-KEYS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.$ -]{0,10}(?<! )", fullmatch=True)
-NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-SCALARS = st.none() | st.booleans() | NUMBERS | STRINGS
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4)
-    ),
-    max_leaves=12,
-)
-NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.:/-]{0,20}", fullmatch=True)
 
-
-def render(value) -> str:
-    """An argument as the chat template writes it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return STRING_DELIM + value + STRING_DELIM
-    if isinstance(value, dict):
-        return "{" + render_pairs(value) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(render, value)) + "]"
-    return str(value)
-
-
-def render_pairs(arguments: dict) -> str:
-    return ",".join(f"{key}:{render(arguments[key])}" for key in sorted(arguments))
-
-
-def depth(value) -> int:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return 1 + max(map(depth, value), default=0)
-    return 0
-
-
-def in_order(calls) -> str:
-    """Calls with sorted keys, as the template sorts them."""
-    return json.dumps(calls, sort_keys=True)
-
-
-class TestGemma4Detector(CustomTestCase):
-    def check(self, text, calls, content):
-        whole = parse_calls(text)
-        self.assertEqual((whole[0], loads(whole[1])), (content, calls))
-        for cut in range(1, len(text)):
-            self.assertEqual(parse_calls(text, [cut]), whole)
-        self.assertEqual(parse_calls(text, range(len(text))), whole)
-
+class TestGemma4Detector(Parsed, CustomTestCase):
     def test_answers(self):
         for name, text, calls, content in ANSWERS + MORE_ANSWERS:
             with self.subTest(name):
@@ -157,22 +79,6 @@ class TestGemma4Detector(CustomTestCase):
             _, calls = parse_calls(call("query:" + opened * 100_000))
             ((_, arguments),) = loads(calls)
             self.assertEqual(depth(arguments), MAX_DEPTH)
-
-    def test_work_is_linear(self):
-        """The work for a character grows neither with the text nor with what is open,
-        whatever repeats."""
-
-        def scanner():
-            return Gemma4ToolCallScanner(lambda name: {})
-
-        nested = f"{STARTS[1]}a:" + "{a:" * (MAX_DEPTH - 2)
-        for start in [*STARTS, nested]:
-            for piece in [*PIECES, "a,", "a:", "} ", f"a{STRING_DELIM}:"]:
-                text = start + piece * (2000 // len(piece))
-                for part in (text[: len(text) // 4], text):
-                    with self.subTest(start=start, piece=piece, size=len(part)):
-                        self.assertLess(work(scanner(), part, 1), 30)
-                        self.assertLess(work(scanner(), part, len(part)), 15)
 
     @MANY
     @given(TEXTS, CUTS)

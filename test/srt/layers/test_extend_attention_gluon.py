@@ -12,6 +12,7 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
 from test_extend_attention_hopper import (  # noqa: F401
     Case,
     Inputs,
@@ -179,6 +180,21 @@ def test_products_take_their_operands_from_uniform_registers(what, spills):
     assert found["syncs_among"] == 0
     assert found["moves_among"] < found["products"] / 2
     assert found["spills"] <= spills
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [256, 512])
+@pytest.mark.parametrize(
+    "extend,prefix", [((2048,), (500,)), ((1000,) * 4, (0,) * 4)], ids=["one", "four"]
+)
+def test_the_same_bits_every_time(dim, extend, prefix):
+    """Copies that overtake the products which read their buffers do so now and then."""
+    case = Case(extend, prefix, heads=16, dim=dim, dtype=torch.bfloat16)
+    inputs = Inputs(case)
+    first, by_hopper = inputs.run()
+    assert by_hopper
+    for _ in range(40):
+        assert torch.equal(inputs.run()[0], first)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ from sglang.test.test_utils import CustomTestCase
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
 
-from gemma4.checkpoint import write_checkpoint  # noqa: E402
+from gemma4.checkpoint.configs import target_config  # noqa: E402
+from gemma4.checkpoint.files import write_files  # noqa: E402
+from gemma4.checkpoint.tiny import TINY  # noqa: E402
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
@@ -164,10 +166,12 @@ class TestTorchNativeSWA(CustomTestCase):
 
 class TestGemma4Accepts(CustomTestCase):
     def resolve(self, backend):
+        tiny = TINY["tiny"]
+        config = target_config(tiny, text_only=False, dtype="bfloat16")
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(f"{folder}/tiny", weights=False)
+            write_files(Path(folder), tiny, config, "flat")
             args = ServerArgs(
-                model_path=f"{folder}/tiny", device="cpu", attention_backend=backend
+                model_path=folder, device="cpu", attention_backend=backend
             )
             args.resolve_once()
         self.assertEqual(resolved_view(args).attention_backend, "torch_native")

@@ -11,13 +11,10 @@ import hashlib
 from array import array
 from collections import deque
 from types import SimpleNamespace
-from typing import Dict, Iterable, List, Set
+from typing import Dict, Iterable, List
 
 import torch
 
-from sglang.kernels.ops.speculative.cache_locs import (
-    assign_extend_cache_locs_uniform_func,
-)
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
@@ -36,7 +33,6 @@ from sglang.srt.observability.scheduler_stage_metrics import (
 )
 from sglang.srt.runtime_context import get_context, get_schedule, get_spec
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.speculative.frozen_kv_mtp_worker_v2 import FrozenKVMTPDraftWorker
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 MAX_REQS = 6
@@ -81,44 +77,20 @@ class SequenceIds:
 
 
 class IdWorker:
-    """In the model worker's place: writes sequence ids to the KV pools, and checks them.
+    """In the model worker's place: writes sequence ids to the KV pools, and checks them."""
 
-    With draft tokens it is Frozen-KV MTP's worker, whose drafts are half right.
-    """
-
-    def __init__(self, *, kv_pool, req_to_token_pool, window: int, draft_tokens: int):
+    def __init__(self, *, kv_pool, req_to_token_pool, window: int):
         self.kv_pool = kv_pool
         self.req_to_token = req_to_token_pool.req_to_token
         self.window = window
-        self.draft_tokens = draft_tokens
         self.sequences = SequenceIds()
         # rid -> all tokens, with those sampled that the host may not know yet.
         self.tokens: Dict[str, List[int]] = {}
 
-    def on_verify_complete_cpu(self, num_correct_drafts, batch_size):
-        pass
-
     def forward_batch_generation(
         self, batch: ScheduleBatch, on_publish=None, **kwargs
     ) -> GenerationBatchResult:
-        if self.draft_tokens == 0:
-            return self.forward_target(batch)
-        if batch.forward_mode.is_extend():
-            result = self.forward_target(batch)
-            result.new_seq_lens = batch.seq_lens
-            bonus_tokens = result.next_token_ids
-        else:
-            result, bonus_tokens = self.verify(batch)
-        if on_publish is not None:
-            on_publish(result.new_seq_lens)
-        hidden = [
-            self.sequences.prefixes(self.tokens[req.rid][:-1])[-1:]
-            for req in batch.reqs
-        ]
-        result.next_draft_input = FrozenKVMTPDraftWorker._build_seed_draft_input(
-            SimpleNamespace(topk=1), bonus_tokens, torch.stack(hidden)
-        )
-        return result
+        return self.forward_target(batch)
 
     def forward_target(self, batch: ScheduleBatch) -> GenerationBatchResult:
         """One more token for each request, after its new tokens, or its last one."""
@@ -141,47 +113,6 @@ class IdWorker:
             tokens.append(next_tokens[-1])
         assert offset == len(batch.out_cache_loc) == len(batch.input_ids)
         return GenerationBatchResult(next_token_ids=torch.tensor(next_tokens))
-
-    def verify(self, batch: ScheduleBatch):
-        """A step of MTP: all drafts are written, and what is wrong is overwritten."""
-        bs, width = len(batch.reqs), self.draft_tokens
-        out_cache_loc = assign_extend_cache_locs_uniform_func(
-            req_pool_indices=batch.req_pool_indices,
-            req_to_token=self.req_to_token,
-            start_offset=batch.seq_lens,
-            batch_size=bs,
-            draft_token_num=width,
-            device="cpu",
-        ).view(bs, width)
-        predict = torch.zeros(bs, width, dtype=torch.int32)
-        accept_lens = torch.zeros(bs, dtype=torch.int32)
-        for i, (req, row, seq_len) in enumerate(
-            zip(batch.reqs, batch.req_pool_indices, batch.seq_lens.tolist())
-        ):
-            tokens = self.tokens[req.rid]
-            assert len(tokens) == seq_len + 1, f"{req.rid}: a wrong length"
-            assert batch.spec_info.bonus_tokens[i] == tokens[-1]
-            ids = self.sequences.prefixes(tokens)
-            assert batch.spec_info.hidden_states[i] == ids[seq_len - 1]
-
-            num_right = len(tokens) % width  # of width - 1 drafts
-            drafts = list(tokens)
-            for step in range(width - 1):
-                right = self.sequences.next_token(drafts)
-                drafts.append(right if step < num_right else right + 3)
-            self.attend(req.rid, row, drafts, out_cache_loc[i])
-            accepted = drafts[seq_len + 1 :][:num_right]
-            accepted.append(self.sequences.next_token(tokens + accepted))
-            tokens += accepted
-            predict[i, : len(accepted)] = torch.tensor(accepted)
-            accept_lens[i] = len(accepted)
-        result = GenerationBatchResult(
-            next_token_ids=predict.flatten(),
-            accept_lens=accept_lens,
-            speculative_num_draft_tokens=width,
-            new_seq_lens=batch.seq_lens + accept_lens,
-        )
-        return result, predict.gather(1, accept_lens[:, None].long() - 1)[:, 0]
 
     def attend(self, rid: str, row: torch.Tensor, tokens: List[int], locs):
         """Write the ids of the last len(locs) tokens, read all that attention reads."""
@@ -218,18 +149,9 @@ class CacheScheduler(Scheduler):
         chunk: int,
         mixed: bool = False,
         overlap: bool = False,
-        draft_tokens: int = 0,
         needs_cpu_seq_lens: bool = True,
         attends_within_pictures: bool = False,
     ):
-        spec = {}
-        if draft_tokens:
-            spec = dict(
-                speculative_algorithm="FROZEN_KV_MTP",
-                speculative_num_steps=draft_tokens - 1,
-                speculative_eagle_topk=1,
-                speculative_num_draft_tokens=draft_tokens,
-            )
         self.config = get_context().override_server_args(
             device="cpu",
             attention_backend="torch_native",
@@ -241,7 +163,7 @@ class CacheScheduler(Scheduler):
             pp_max_micro_batch_size=MAX_REQS,
             # So that more requests are admitted than fit, and some are retracted.
             schedule_conservativeness=0.0,
-            **spec,
+            **self.spec_args(),
         )
         self.config.install()
 
@@ -299,11 +221,10 @@ class CacheScheduler(Scheduler):
                 tree_core_backend=core,
             )
         )
-        self.worker = self.model_worker = IdWorker(
+        self.worker = self.model_worker = self.make_worker(
             kv_pool=kv_pool,
             req_to_token_pool=self.req_to_token_pool,
             window=window,
-            draft_tokens=draft_tokens,
         )
         attn_backend = SimpleNamespace(needs_cpu_seq_lens=needs_cpu_seq_lens)
         self.tp_worker = SimpleNamespace(
@@ -313,7 +234,13 @@ class CacheScheduler(Scheduler):
         )
         self.draft_worker = None
         self.init_scheduler(full_size, swa_size, overlap)
-        self.retracted = 0
+
+    def spec_args(self) -> dict:
+        """The server's arguments for speculative decoding."""
+        return {}
+
+    def make_worker(self, **kwargs) -> IdWorker:
+        return IdWorker(**kwargs)
 
     def init_scheduler(self, full_size: int, swa_size: int, overlap: bool):
         """What Scheduler.__init__ does after its workers."""
@@ -422,10 +349,6 @@ class CacheScheduler(Scheduler):
     def _record_step_counters(self, batch, result):
         pass
 
-    def _add_request_to_queue(self, req, is_retracted=False):
-        self.retracted += is_retracted
-        super()._add_request_to_queue(req, is_retracted)
-
     def close(self):
         self.config.restore()
 
@@ -460,137 +383,5 @@ class CacheScheduler(Scheduler):
             reqs.append(self.chunked_req)
         return list({id(r): r for r in reqs if r.kv.holds_kv}.values())
 
-    def swa_held(self) -> int:
-        """SWA slots that are neither free nor evictable."""
-        allocator = self.token_to_kv_pool_allocator
-        free = allocator.swa_available_size() + self.tree_cache.swa_evictable_size()
-        return allocator.size_swa - free
-
     def has_work(self) -> bool:
         return bool(self.waiting_queue or self.result_queue or self.live_requests())
-
-
-class PoolChecker:
-    """What holds between two turns of the scheduler, whatever happened before."""
-
-    def __init__(self, scheduler: CacheScheduler):
-        self.scheduler = scheduler
-        self.allocator = scheduler.token_to_kv_pool_allocator
-        self.tree = scheduler.tree_cache
-
-    def tree_slots(self, unlocked: bool = False, swa: bool = False) -> Set[int]:
-        """Full slots of the tree's nodes: of all, or of those that no request locks; with
-        swa of those whose SWA slots are there, or there and not locked."""
-        walk = self.tree.tree_core.walk_for_kv_canary(unlocked, swa)
-        return set(walk.slot_indices.tolist())
-
-    @torch.inference_mode()
-    def check(self):
-        live = self.scheduler.live_requests()
-        tree_full, tree_swa = self.tree_slots(), self.tree_slots(swa=True)
-        mapping = self.allocator.full_to_swa_index_mapping.tolist()
-        self.check_owners(live, tree_full, tree_swa, mapping)
-        self.check_requests(live, tree_full, mapping)
-        self.check_locks(live, tree_full, tree_swa)
-        self.tree.sanity_check()
-        if self.scheduler.last_batch is not None:
-            self.scheduler.invariant_checker.self_check_during_busy()
-
-    def check_owners(self, live, tree_full, tree_swa, mapping):
-        """Every slot is free or has one owner, in both pools."""
-        allocator, tree, page = self.allocator, self.tree, self.scheduler.page_size
-        assert allocator.free_group is None
-        assert not any(
-            mapping[slot] for slot in tree_full - tree_swa
-        ), "a tombstone holds SWA slots"
-
-        full_owners, swa_owners = [tree_full], [[mapping[slot] for slot in tree_swa]]
-        for req in live:
-            start = req.kv.cache_protected_len
-            row = self.scheduler.row(req, req.kv.kv_allocated_len)
-            full_owners.append(row[start:])
-            start = max(start, req.kv.get_evicted_seqlen(ComponentType.SWA))
-            swa_owners.append([mapping[slot] for slot in row[start:]])
-
-        for name, owners, sub, size in (
-            ("full", full_owners, allocator.full_attn_allocator, allocator.size_full),
-            ("swa", swa_owners, allocator.swa_attn_allocator, allocator.size_swa),
-        ):
-            pages = [{slot // page for slot in slots} for slots in owners]
-            assert not any(0 in p for p in pages), f"{name}: slot 0 is held"
-            everything = sub.get_all_free_pages().tolist()
-            for p in pages:
-                everything += p
-            assert len(set(everything)) == len(
-                everything
-            ), f"{name}: a slot has two owners, or is free and held"
-            assert len(everything) == size // page, f"{name}: a slot was lost"
-
-        for counted, slots in (
-            (tree.full_evictable_size() + tree.full_protected_size(), tree_full),
-            (tree.swa_evictable_size() + tree.swa_protected_size(), tree_swa),
-        ):
-            assert counted == len(slots), "the tree counts its slots wrongly"
-        # A page's slots that were allocated ahead keep their entry when it is freed.
-        mapped = mapping[:-1]
-        if page > 1:
-            mapped = [mapping[slot] for slots in full_owners for slot in slots]
-        mapped = [slot for slot in mapped if slot > 0]
-        assert len(set(mapped)) == len(mapped), "two slots share a SWA slot"
-
-    def check_requests(self, live, tree_full, mapping):
-        """A running request still holds its whole prompt and its whole window."""
-        page, window = self.scheduler.page_size, self.scheduler.window
-        free = set(self.allocator.full_attn_allocator.get_all_free_pages().tolist())
-        for req in live:
-            kv, rid = req.kv, req.rid
-            assert kv.cache_protected_len <= kv.kv_committed_len <= kv.kv_allocated_len
-            row = self.scheduler.row(req, kv.kv_committed_len)
-            assert free.isdisjoint(
-                slot // page for slot in row
-            ), f"{rid}: a slot is free"
-            assert tree_full.issuperset(
-                row[: kv.cache_protected_len]
-            ), f"{rid}: its prefix is not the tree's"
-            assert all(
-                mapping[slot] > 0 for slot in row[max(0, len(row) - window) :]
-            ), f"{rid}: its window is not held"
-
-    def check_locks(self, live, tree_full, tree_swa):
-        """The paths of the running requests are locked, and nothing else is."""
-        core = self.tree.tree_core
-        root = core.root_node_handle()
-        paths, swa_paths, windows = set(), set(), set()
-        for req in live:
-            if req.lock is None:
-                continue
-            path = core.collect_full_device_indices(req.lock.node, root).tolist()
-            paths.update(path)
-            if not req.lock.swa_released:
-                swa_paths.update(path)
-                windows.update(path[max(0, len(path) - self.scheduler.window) :])
-        locked = tree_full - self.tree_slots(unlocked=True)
-        assert self.tree.full_protected_size() == len(locked)
-        assert locked == paths, "a full lock was dropped, or is left"
-
-        locked = tree_swa - self.tree_slots(unlocked=True, swa=True)
-        assert self.tree.swa_protected_size() == len(locked)
-        assert windows <= locked, "a SWA lock was dropped"
-        # A lock begins at a node's start, up to a node before its window.
-        assert locked <= swa_paths, "a SWA lock is left"
-
-    @torch.inference_mode()
-    def check_idle(self):
-        """Nothing is held but by the tree, and without the tree all slots are free."""
-        scheduler, tree, allocator = self.scheduler, self.tree, self.allocator
-        assert not scheduler.has_work(), "a request never finished"
-        assert scheduler.req_to_token_pool.available_size() == MAX_REQS
-        self.check()
-        assert tree.full_protected_size() == tree.swa_protected_size() == 0
-        full_size, swa_size = allocator.size_full, allocator.size_swa
-        assert allocator.full_available_size() + tree.full_evictable_size() == full_size
-        assert allocator.swa_available_size() + tree.swa_evictable_size() == swa_size
-        scheduler.evict(full_size, swa_size)
-        assert not self.tree_slots()
-        assert allocator.full_available_size() == full_size
-        assert allocator.swa_available_size() == swa_size

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import lockstep_tree_core  # noqa: F401  # registers the core
 import pytest
-from cache_scheduler import CONTEXT_LEN, CacheScheduler, PoolChecker, SequenceIds
+from cache_scheduler import CONTEXT_LEN, SequenceIds
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -33,6 +33,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from mtp_scheduler import MTPScheduler
+from pool_checker import PoolChecker
 
 from sglang.srt.environ import envs
 from sglang.srt.managers import scheduler as scheduler_module
@@ -101,7 +103,7 @@ class UnifiedRadixCacheMachine(RuleBasedStateMachine):
         # One chunk in flight, one to be allocated, and some windows beside them.
         swa_size = 2 * chunk + (2 + more_swa) * (window + 2 * page_size + draft_tokens)
         full_size = max(swa_size, CONTEXT_LEN) + more_full * 64
-        self.scheduler = CacheScheduler(
+        self.scheduler = MTPScheduler(
             core=self.core,
             page_size=page_size,
             window=window,
@@ -227,9 +229,9 @@ def test_unified_radix_cache_stateful(core, share):
 def make_scheduler():
     schedulers = []
 
-    def make(**kwargs) -> CacheScheduler:
+    def make(**kwargs) -> MTPScheduler:
         config = dict(page_size=1, window=4, full_size=2 * CONTEXT_LEN, chunk=64)
-        schedulers.append(CacheScheduler(**{**config, "swa_size": 128, **kwargs}))
+        schedulers.append(MTPScheduler(**{**config, "swa_size": 128, **kwargs}))
         return schedulers[-1]
 
     yield make

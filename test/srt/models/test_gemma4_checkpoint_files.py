@@ -22,7 +22,8 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
-from gemma4.checkpoint import FORMS, write_checkpoint
+from gemma4.checkpoint import write_checkpoint
+from gemma4.fp8_forms import FORMS
 
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
@@ -158,7 +159,7 @@ class TestCheckpointFiles(CustomTestCase):
 
     def test_blocks_that_are_not_whole(self):
         """26B-A4B's experts are 5.5 blocks of 128 wide; these, half a block."""
-        with mock.patch("gemma4.checkpoint.shapes.TINY_FP8_BLOCK", 64):
+        with mock.patch("gemma4.fp8_forms.TINY_BLOCK", 64):
             folder = self.folder / "wide-blocks"
             write_checkpoint(folder, "tiny", fp8="fp8-fine-grained")
         sentence = "has (32|96) rows, no whole number of blocks of 64"

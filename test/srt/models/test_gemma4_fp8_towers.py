@@ -21,7 +21,8 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmark"))
-from gemma4.checkpoint import FORMS, write_checkpoint
+from gemma4.checkpoint import write_checkpoint
+from gemma4.fp8_forms import FORMS
 
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 

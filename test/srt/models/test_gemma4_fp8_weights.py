@@ -22,7 +22,8 @@ import transformers
 from fp8_models import can_build_models, load, write_without_fp8
 
 # That module has found the factory.
-from gemma4.checkpoint import FORMS, write_checkpoint
+from gemma4.checkpoint import write_checkpoint
+from gemma4.fp8_forms import FORMS
 
 from sglang.srt.model_loader.fp8_dequantize import dequantize
 from sglang.srt.model_loader.gemma4_checkpoint import Fp8Scheme
@@ -87,7 +88,7 @@ class TestFp8Weights(CustomTestCase):
 
     def test_blocks_at_the_ends(self):
         """26B-A4B's experts are 5.5 blocks of 128 wide; these, half and 1.5."""
-        with mock.patch("gemma4.checkpoint.shapes.TINY_FP8_BLOCK", 64):
+        with mock.patch("gemma4.fp8_forms.TINY_BLOCK", 64):
             self.check("tiny", "fp8-fine-grained", dtype="bfloat16")
 
     def test_what_it_cannot_have(self):

@@ -20,22 +20,17 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "function_call"))
-from gemma4_answers import (  # noqa: E402
+from gemma4_answers import TOOLS, add_calls, call, loads, parse_calls  # noqa: E402
+from gemma4_texts import (  # noqa: E402
     CUTS,
     MANY,
-    MORE_THOUGHTS,
     PIECES,
     STARTS,
     TEXTS,
-    THOUGHTS,
-    TOOLS,
-    add_calls,
-    call,
-    loads,
-    parse_calls,
     pieces,
     work,
 )
+from gemma4_thought_answers import MORE_THOUGHTS, THOUGHTS  # noqa: E402
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 

@@ -20,6 +20,8 @@ import re
 import torch
 
 FORMS = ("fp8-dynamic", "fp8-block", "fp8-static", "fp8-fine-grained")
+# The side of a block of weights that share a scale.
+BLOCK, TINY_BLOCK = 128, 32
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 # Inputs of a projection lie within 16, which no model here exceeds by much.
@@ -38,6 +40,12 @@ def is_quantized(name: str, weight: torch.Tensor) -> bool:
     if NOT_QUANTIZED.search(name):
         return False
     return bool(EXPERTS.match(name)) or (name.endswith(".weight") and weight.dim() == 2)
+
+
+def form_of(shape, name: str, assistant: bool = False) -> "Form":
+    """The form of FP8 of this name for a shape, or for its draft."""
+    block = TINY_BLOCK if shape.tiny else BLOCK
+    return Form(name, block, "num_experts" in shape.text and not assistant)
 
 
 class Form:
