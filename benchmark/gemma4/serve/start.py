@@ -15,8 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from gemma4.arguments import check_shapes, new_result_path, positive
 from gemma4.checkpoint import FIRST_TEXT_TOKEN, write_checkpoint
 from gemma4.engines.arms import Arm, chosen_arms, described
@@ -25,6 +23,7 @@ from gemma4.engines.servers import ArmServer, Setup
 from gemma4.report.results import Results
 from gemma4.report.tables import table
 from gemma4.serve.run import START, record_start
+from tqdm import tqdm
 
 TIME = "time of a request"
 REQUESTS = ("first", "second", "third")
